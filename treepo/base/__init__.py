@@ -1,0 +1,1 @@
+"""The floor of the house: what every room may import. Standard library and torch only."""
