@@ -51,6 +51,11 @@ class Strategy(Protocol):
         ...
 
 
+# name -> class built from its own settings dataclass, `cls(settings)`
 STRATEGIES: Registry[Any] = Registry(
-    "rollout strategy"
-)  # name -> class built from its own settings dataclass
+    "rollout strategy",
+    builtin={
+        "flat": "rollout.strategies.flat:Flat",
+        "treepo": "rollout.strategies.treepo:TreePO",
+    },
+)

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,11 +20,17 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of named objects of one ``kind`` (the word used in errors, e.g. ``"reward"``)."""
+    """A table of named objects of one ``kind`` (the word used in errors, e.g. ``"reward"``).
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        builtin: names that are known from the start but imported at their first use, as
+            ``module:attribute``: a configuration can be checked against them without their imports.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._builtin = dict(builtin or {})
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files an object under ``name``; the same name twice is a programming
@@ -32,20 +38,20 @@ class Registry(Generic[T]):
         """
 
         def add(entry: T) -> T:
-            assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
+            assert name not in self, f"{self.kind} {name!r} is registered twice"
             self._entries[name] = entry
             return entry
 
         return add
 
     def names(self) -> list[str]:
-        return sorted(self._entries)
+        return sorted({*self._entries, *self._builtin})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._builtin
 
     def get(self, name: str) -> T:
         """Return the entry called ``name``, or load user code when ``name`` has the form
@@ -56,9 +62,21 @@ class Registry(Generic[T]):
         """
         if name in self._entries:
             return self._entries[name]
+        if name in self._builtin:
+            self._entries[name] = load_object(self._builtin[name], kind=self.kind)
+            return self._entries[name]
         if ":" in name:
             return load_object(name, kind=self.kind)
-        close = difflib.get_close_matches(name, self._entries, n=1)
+        self.check(name)
+        raise AssertionError(name)  # check has raised
+
+    def check(self, name: str) -> None:
+        """Raise the ``ValueError`` of :meth:`get` for an unknown name, importing nothing; user code
+        (a name with a colon) passes.
+        """
+        if name in self or ":" in name:
+            return
+        close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self.names()) or 'none'}. "
