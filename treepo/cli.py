@@ -1,0 +1,116 @@
+"""The command line of every entry point, and the project's one file with Hydra.
+
+A command is a config name (``configs/<name>.yaml``), a dataclass that the composed config must fit
+and a function that does the work. What the user got wrong ends as one line on standard error and
+exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+C = TypeVar("C")
+
+
+def config_dir() -> Path:
+    """The folder of shipped configs: in a source tree beside the package, in an installed one
+    inside it.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"the shipped configs are missing: no configs/train.yaml beside or inside {package}"
+    )
+
+
+def run_command(name: str, schema: type[C], work: Callable[[C, bool], None]) -> None:
+    """Compose ``configs/<name>.yaml`` with the command line, check it against ``schema`` and call
+    ``work``.
+
+    Args:
+        work: called with the config and whether ``--dry-run`` was given.
+    """
+    dry_run = "--dry-run" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--dry-run"]
+    _store_schema(name, schema)
+
+    def task(composed: DictConfig) -> None:
+        try:
+            work(to_config(composed), dry_run)
+        except ValueError as error:
+            fail(error)
+
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(task)()
+
+
+def compose(name: str, schema: type[C], overrides: list[str]) -> C:
+    """The config that ``python -m treepo.<name> <overrides>`` would run with, for tests and
+    notebooks.
+    """
+    _store_schema(name, schema)
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return to_config(hydra.compose(name, overrides))
+
+
+def to_config(composed: DictConfig) -> Any:
+    """Turn a composed config into its dataclasses, whose checks then run.
+
+    Raises:
+        ValueError: a value is missing, of a wrong type, or refused by a check.
+    """
+    try:
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def settings_from(schema: type[C], values: dict[str, Any], *, where: str) -> C:
+    """Build a settings dataclass from plain values; an unknown key or a wrong type is an error that
+    lists the keys.
+
+    Args:
+        where: the config key that holds ``values``, for the message.
+    """
+    known = OmegaConf.structured(schema)
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(
+            f"{where}: {', '.join(map(repr, unknown))} is not used by this choice; "
+            f"it knows {', '.join(map(str, known))}"
+        )
+    try:
+        merged = OmegaConf.merge(known, OmegaConf.create(values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {error}") from error
+    return to_config(merged)  # type: ignore[arg-type]
+
+
+def to_yaml(config: Any) -> str:
+    """A config dataclass as YAML text, as it stands in a run's folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(path: Path, schema: type[C]) -> C:
+    """Read back what :func:`to_yaml` wrote."""
+    # type: ignore[arg-type]
+    return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+
+
+def fail(error: BaseException) -> None:
+    """End the program with one message for the user."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _store_schema(name: str, schema: type) -> None:
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
