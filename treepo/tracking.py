@@ -1,9 +1,9 @@
 """Metrics of a run: always ``metrics.jsonl``, and Weights & Biases when asked for.
 
 ``metrics.jsonl`` has one JSON object a step: ``step``, ``time`` (seconds since 1970) and the
-metrics by name. Rows are appended, each synced to disk before work goes on. After a resume from step N the
-rows newer than N are dropped, so that the file tells one story. Values that are not finite become
-null and are counted under ``tracking/num_non_finite`` of the same row.
+metrics by name. Rows are appended, each synced to disk before work goes on. After a resume from
+step N the rows newer than N are dropped, so that the file tells one story. Values that are not
+finite become null and are counted under ``tracking/num_non_finite`` of the same row.
 
 A W&B run keeps one id over all lives of the run, made from the run's id unless an earlier life
 handed one over. W&B itself never takes rows back: every row carries ``step``, which the web page
