@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # only its tensors' methods are used, so the scalar functions need no torch
+    import torch
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -84,7 +86,7 @@ def uniforms(keys: torch.Tensor, positions: torch.Tensor, purpose: Purpose) -> t
     """
     words = mix64_tensor(keys + (positions + 1) * to_signed(_GAMMA))
     words = mix64_tensor(words + to_signed((int(purpose) * _M1) & _MASK))
-    return (_shift_right(words, 12).to(torch.float64) + 0.5) * 2.0**-52
+    return (_shift_right(words, 12).double() + 0.5) * 2.0**-52
 
 
 def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,0 +1,109 @@
+"""What the built-in strategies share: a growing arena of segments and the book of outstanding
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rollout.extend import STOP, ExtendRequest, ExtendResult, ExtendSpec
+from rollout.strategies.base import Prompt
+from rollout.strategies.settings import SamplingSettings
+from rollout.tree import Segment
+
+
+def prompt_segment(prompt: Prompt) -> Segment:
+    """The root of an arena."""
+    token_ids = np.asarray(prompt.token_ids, dtype=np.int32)
+    assert token_ids.ndim == 1 and len(token_ids) >= 1, f"prompt of shape {token_ids.shape}"
+    zeros = np.zeros(len(token_ids), dtype=np.float32)
+    return Segment(
+        parent=-1,
+        level=0,
+        path_key=prompt.root_key,
+        token_ids=token_ids,
+        logprobs=zeros,
+        sampling_logprobs=zeros,
+        sampled=False,
+        policy_version=0,
+    )
+
+
+def sampled_segment(result: ExtendResult, finish_reason: str) -> Segment:
+    """The segment that a result adds to the arena."""
+    request = result.request
+    return Segment(
+        parent=request.parent,
+        level=request.level,
+        path_key=request.path_key,
+        token_ids=result.token_ids,
+        logprobs=result.logprobs,
+        sampling_logprobs=result.sampling_logprobs,
+        sampled=True,
+        policy_version=result.policy_version,
+        finish_reason=finish_reason,
+    )
+
+
+def path(segments: Sequence[Segment], index: int) -> list[int]:
+    """Arena indices from the root to ``index``, both included."""
+    indices = []
+    while index >= 0:
+        indices.append(index)
+        index = segments[index].parent
+    return indices[::-1]
+
+
+def response_length(segments: Sequence[Segment], index: int) -> int:
+    """Tokens below the prompt on the path to ``index``."""
+    return sum(segments[i].num_tokens for i in path(segments, index)[1:])
+
+
+def response_token_ids(segments: Sequence[Segment], index: int) -> np.ndarray:
+    """The tokens below the prompt on the path to ``index``, int32."""
+    parts = [segments[i].token_ids for i in path(segments, index)[1:]]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+def leaves(segments: Sequence[Segment]) -> tuple[int, ...]:
+    """Arena indices of finished trajectories' last segments, ascending."""
+    return tuple(i for i, segment in enumerate(segments) if segment.finish_reason)
+
+
+def extend_spec(settings: SamplingSettings, max_tokens: int) -> ExtendSpec:
+    return ExtendSpec(
+        max_tokens=max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop_token_ids=tuple(settings.stop_token_ids),
+    )
+
+
+def drew_stop(result: ExtendResult) -> bool:
+    """Whether the segment ends in a stop token, be it its only one or the last that fitted."""
+    stops = result.request.spec.stop_token_ids
+    last_is_stop = len(result.token_ids) > 0 and int(result.token_ids[-1]) in stops
+    assert last_is_stop or result.finish_reason != STOP, "a segment stopped without a stop token"
+    return last_is_stop
+
+
+def collect(
+    outstanding: tuple[ExtendRequest, ...],
+    received: tuple[ExtendResult, ...],
+    results: Sequence[ExtendResult],
+) -> tuple[tuple[ExtendRequest, ...], tuple[ExtendResult, ...]]:
+    """Book results: what is still outstanding, and all received so far by request id, so that the
+    order of arrival leaves no trace.
+    """
+    waiting = {request.request_id: request for request in outstanding}
+    for result in results:
+        request = waiting.pop(result.request.request_id, None)
+        assert request is not None, f"unasked result of request {result.request.request_id}"
+        assert request == result.request, f"altered request {request.request_id}"
+        assert len(result.token_ids) <= request.spec.max_tokens, "longer than was asked"
+    booked = sorted((*received, *results), key=lambda result: result.request.request_id)
+    return tuple(waiting.values()), tuple(booked)

@@ -1,0 +1,113 @@
+"""When a trajectory is over: repetition and complete answers, looked for in the whole response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from rollout.strategies.settings import TreePOSettings
+from treepo.base.registry import load_object
+
+AnswerDetector = Callable[[np.ndarray], bool]  # response token ids, int32 [n] -> holds an answer
+
+
+def is_repetitive(token_ids: np.ndarray, *, ngram: int, count: int) -> bool:
+    """Whether some ``ngram`` tokens in a row occur at least ``count`` times without overlap."""
+    if len(token_ids) < ngram * count:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(token_ids, np.int32), ngram)
+    rows = np.ascontiguousarray(windows).view([("", np.int32)] * ngram).ravel()
+    _, kind, occurrences = np.unique(rows, return_inverse=True, return_counts=True)
+    by_kind = np.argsort(kind, kind="stable")
+    ends = np.cumsum(occurrences)
+    for candidate in np.flatnonzero(occurrences >= count):
+        starts = by_kind[ends[candidate] - occurrences[candidate] : ends[candidate]]
+        if _num_disjoint(starts, ngram) >= count:
+            return True
+    return False
+
+
+def _num_disjoint(starts: np.ndarray, length: int) -> int:
+    """How many of the intervals [start, start + length) can be taken without overlap; ``starts``
+    ascend, so that taking each as it comes is best.
+    """
+    taken, free_from = 0, 0
+    for start in starts.tolist():
+        if start >= free_from:
+            taken, free_from = taken + 1, start + length
+    return taken
+
+
+def contains_any(token_ids: np.ndarray, sequences: Sequence[Sequence[int]]) -> bool:
+    """Whether one of the sequences stands somewhere in the tokens."""
+    for sequence in sequences:
+        if len(sequence) <= len(token_ids):
+            windows = np.lib.stride_tricks.sliding_window_view(token_ids, len(sequence))
+            if (windows == np.asarray(sequence)).all(axis=1).any():
+                return True
+    return False
+
+
+def has_complete_box(text: str) -> bool:
+    r"""Whether the text holds a ``\boxed{...}`` whose braces close around something; escaped braces
+    don't count.
+    """
+    start = text.find(r"\boxed{")
+    while start >= 0:
+        first = start + len(r"\boxed{")
+        depth, position = 1, first
+        while position < len(text) and depth:
+            if text[position] == "\\":
+                position += 1  # whatever is escaped is no brace
+            elif text[position] in "{}":
+                depth += 1 if text[position] == "{" else -1
+            position += 1
+        if depth == 0 and text[first : position - 1].strip():
+            return True
+        start = text.find(r"\boxed{", first)
+    return False
+
+
+class BoxedAnswer:
+    r"""Detects a complete ``\boxed{...}`` in the decoded response. The tokenizer is loaded at the
+    first use and doesn't travel when the detector is pickled.
+    """
+
+    def __init__(self, tokenizer: str) -> None:
+        self.tokenizer = tokenizer
+        self._loaded: Any = None
+
+    def __call__(self, token_ids: np.ndarray) -> bool:
+        if self._loaded is None:
+            from transformers import AutoTokenizer
+
+            self._loaded = AutoTokenizer.from_pretrained(self.tokenizer)
+        return has_complete_box(self._loaded.decode(token_ids.tolist()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokenizer,)
+
+
+def answer_detectors(settings: TreePOSettings) -> list[AnswerDetector]:
+    """What the settings look for answers with; any detector that says yes suffices.
+
+    Raises:
+        ValueError: a finish policy that needs answers without a way to see them.
+    """
+    detectors: list[AnswerDetector] = []
+    if settings.answer_token_ids:
+        sequences = [list(sequence) for sequence in settings.answer_token_ids]
+        detectors.append(partial(contains_any, sequences=sequences))
+    if settings.answer_detector:
+        detectors.append(load_object(settings.answer_detector, kind="answer detector"))
+    if settings.answer_tokenizer:
+        detectors.append(BoxedAnswer(settings.answer_tokenizer))
+    if settings.finish != "eos" and not detectors:
+        raise ValueError(
+            f"finish={settings.finish!r} needs a way to see answers: set answer_tokenizer (looks "
+            "for \\boxed{...} in the text), answer_token_ids or answer_detector, or finish='eos'"
+        )
+    return detectors

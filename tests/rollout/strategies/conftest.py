@@ -1,0 +1,119 @@
+"""A scripted engine that drives the strategies without a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from rollout.extend import LENGTH, STOP, ExtendRequest, ExtendResult
+from rollout.strategies.base import Prompt
+from rollout.tree import Segment
+from treepo.base.keys import Purpose, uniform
+
+EOS_ID = 1
+
+# (context token ids, request) -> tokens to draw; a stop token in them ends the segment
+Script = Callable[[np.ndarray, ExtendRequest], Sequence[int]]
+
+
+def random_script(eos_rate: float, vocabulary: int = 50) -> Script:
+    """Tokens that depend on the whole context and on the path key, as a model's do."""
+
+    def script(context: np.ndarray, request: ExtendRequest) -> list[int]:
+        digest = int.from_bytes(
+            hashlib.blake2b(context.tobytes(), digest_size=4).digest(), "little"
+        )
+        tokens = []
+        for position in range(request.spec.max_tokens):
+            draw = uniform(request.path_key ^ digest, position, Purpose.TOKEN)
+            tokens.append(EOS_ID if draw < eos_rate else 2 + int(draw * 1e6) % (vocabulary - 2))
+        return tokens
+
+    return script
+
+
+class ScriptedEngine:
+    """Answers requests; keeps what each request's prompt was."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.prompts: dict[int, np.ndarray] = {}  # path key -> tokens the segment was drawn after
+
+    def extend(self, segments: Sequence[Segment], request: ExtendRequest) -> ExtendResult:
+        context = path_tokens(segments, request.parent)
+        assert request.path_key not in self.prompts, "a path key is used twice"
+        self.prompts[request.path_key] = context
+        spec = request.spec
+        tokens: list[int] = []
+        for token in list(self.script(context, request))[: spec.max_tokens]:
+            tokens.append(token)
+            if token in spec.stop_token_ids:
+                break
+        stopped = bool(tokens) and tokens[-1] in spec.stop_token_ids
+        logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        return ExtendResult(
+            request=request,
+            token_ids=np.array(tokens, dtype=np.int32),
+            logprobs=logprobs,
+            sampling_logprobs=logprobs / 2,
+            finish_reason=STOP if stopped else LENGTH,
+            policy_version=3,
+        )
+
+
+def path_tokens(segments: Sequence[Segment], index: int) -> np.ndarray:
+    """Written apart from the product's own path functions, to check them."""
+    tokens: list[int] = []
+    while index >= 0:
+        tokens = [*segments[index].token_ids.tolist(), *tokens]
+        index = segments[index].parent
+    return np.array(tokens, dtype=np.int32)
+
+
+def prompt(key: int = 7, token_ids: Sequence[int] = (40, 41, 42)) -> Prompt:
+    return Prompt(problem_id=f"p{key}", token_ids=np.array(token_ids, np.int32), root_key=key)
+
+
+def grow(strategy, start: Prompt, engine: ScriptedEngine):
+    """Run to the end, everything in order."""
+    state, requests = strategy.start(start)
+    while requests:
+        results = [engine.extend(state.segments, request) for request in requests]
+        state, requests = strategy.advance(state, results)
+    return strategy.tree(state)
+
+
+def grow_in_disorder(strategy, start: Prompt, engine: ScriptedEngine, rng, between=None):
+    """Run to the end, results in random groups and order; ``between`` may replace the state."""
+    state, waiting = strategy.start(start)
+    while waiting:
+        rng.shuffle(waiting)
+        some = rng.integers(0, len(waiting) + 1)
+        results = [engine.extend(state.segments, request) for request in waiting[:some]]
+        assert strategy.tree(state) is None
+        state, requests = strategy.advance(state, results)
+        waiting = [*waiting[some:], *requests]
+        if between is not None:
+            state = between(state)
+        assert {r.request_id for r in state.outstanding} == {r.request_id for r in waiting}
+    return strategy.tree(state)
+
+
+class Drive:
+    """The above as one fixture, since test folders are not packages."""
+
+    EOS_ID = EOS_ID
+    ScriptedEngine = ScriptedEngine
+    random_script = staticmethod(random_script)
+    path_tokens = staticmethod(path_tokens)
+    prompt = staticmethod(prompt)
+    grow = staticmethod(grow)
+    grow_in_disorder = staticmethod(grow_in_disorder)
+
+
+@pytest.fixture(scope="session")
+def drive() -> type[Drive]:
+    return Drive

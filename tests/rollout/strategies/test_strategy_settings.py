@@ -1,0 +1,96 @@
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
+
+from rollout.strategies.base import STRATEGIES
+from rollout.strategies.settings import FlatSettings, TreePOSettings
+from rollout.strategies.treepo import TreePO
+
+SHORT = dict(segment_length=8, max_depth=4, max_response_length=32)
+
+
+def test_the_defaults_are_the_papers():
+    settings = TreePOSettings()
+    assert (settings.segment_length, settings.max_depth, settings.n) == (512, 14, 16)
+    assert settings.max_response_length == 7 * 1024
+    assert (settings.initial_divergence_min, settings.initial_divergence_max) == (2, 2)
+    assert (settings.temperature, settings.top_p, settings.top_k) == (1.0, 1.0, 0)
+
+
+@pytest.mark.parametrize("settings", [FlatSettings, TreePOSettings])
+def test_settings_survive_omegaconf(settings):
+    node = OmegaConf.structured(settings)
+    changed = OmegaConf.merge(node, {"temperature": 0.5, "stop_token_ids": [3, 4]})
+    built = OmegaConf.to_object(changed)
+    assert isinstance(built, settings)
+    assert (built.temperature, built.stop_token_ids) == (0.5, [3, 4])
+
+
+def test_nested_token_lists_survive_omegaconf():
+    node = OmegaConf.merge(
+        OmegaConf.structured(TreePOSettings),
+        {"answer_token_ids": [[5, 6], [7]], "finish": "boxed_as_eos"},
+    )
+    assert OmegaConf.to_object(node).answer_token_ids == [[5, 6], [7]]
+
+
+def test_an_unknown_key_is_an_error_and_not_ignored():
+    with pytest.raises(TypeError, match="initial_divergence"):
+        TreePOSettings(initial_divergence=8)
+    with pytest.raises(ConfigKeyError):
+        OmegaConf.merge(OmegaConf.structured(TreePOSettings), {"initial_divergence": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(min_p=1.0), "min_p=1.0"),
+        (dict(n=0), "n=0"),
+        (dict(max_response_length=0), "max_response_length=0"),
+        (dict(stop_token_ids=[-1]), "stop_token_ids"),
+        (dict(max_depth=0), "max_depth=0"),
+        (dict(segment_length=0), "segment_length=0"),
+        (dict(segment_length=64), "segment_length=64.*max_response_length=32"),
+        (dict(max_depth=3), r"at 24 tokens.*max_depth=4.*max_response_length=24"),
+        (dict(initial_divergence_min=3), "lower initial_divergence_max|min=3"),
+        (dict(initial_divergence_max=17), "initial_divergence_max=17.*n=16"),
+        (dict(branching="evn"), "unknown branching rule 'evn'. Did you mean 'even'"),
+        (dict(fallback="random"), "unknown fallback rule 'random'.*random_segment"),
+        (dict(finish="box"), "finish='box'.*boxed_as_eos"),
+        (dict(repetition_count=1), "repetition_count=1"),
+        (dict(repetition_ngram=0), "repetition_ngram=0"),
+        (dict(answer_token_ids=[[]], finish="boxed_as_eos"), "answer_token_ids"),
+        (dict(answer_token_ids=[[5]]), "would not be used with finish='eos'"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TreePOSettings(**{**SHORT, **changes})
+
+
+def test_a_finish_policy_that_cannot_see_answers_is_refused():
+    settings = TreePOSettings(**SHORT, finish="boxed_as_eos")
+    with pytest.raises(ValueError, match="answer_tokenizer"):
+        TreePO(settings)
+
+
+def test_names_are_known_and_checked_without_torch():
+    code = (
+        "import sys\n"
+        "from rollout.strategies.base import STRATEGIES\n"
+        "assert STRATEGIES.names() == ['flat', 'treepo'], STRATEGIES.names()\n"
+        "STRATEGIES.get('treepo')(STRATEGIES.get('treepo').Settings())\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_wrong_strategy_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="Did you mean 'treepo'.*flat, treepo"):
+        STRATEGIES.get("treeop")

@@ -1,0 +1,414 @@
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rollout.extend import LENGTH, ExtendResult
+from rollout.strategies.base import STRATEGIES
+from rollout.strategies.branching import even, level_budget
+from rollout.strategies.settings import TreePOSettings
+from rollout.tree import ANSWER, DEPTH, EOS, REPETITION, TRUNCATED
+from treepo.base.keys import child_key
+
+SHORT = dict(
+    n=8, segment_length=4, max_depth=5, max_response_length=20, stop_token_ids=[1],
+    repetition_count=0,
+)  # fmt: skip
+
+
+def treepo(**changes):
+    return STRATEGIES.get("treepo")(TreePOSettings(**{**SHORT, **changes}))
+
+
+def leaf_reasons(tree):
+    return Counter(tree.segments[leaf].finish_reason for leaf in tree.leaves)
+
+
+def check_tree(tree, drive, engine, settings):
+    """What holds for every tree, however it grew."""
+    for index, segment in enumerate(tree.segments):
+        assert type(segment.parent) is int and segment.parent < index
+        assert segment.level == len(tree.path(index)) - 1 <= settings.max_depth
+        if index:
+            assert segment.num_tokens <= settings.segment_length
+            # what the engine was shown is what the record says
+            prompt = drive.path_tokens(tree.segments, segment.parent)
+            assert np.array_equal(engine.prompts[segment.path_key], prompt)
+    parents = {segment.parent for segment in tree.segments}
+    assert tree.leaves == tuple(i for i in range(len(tree.segments)) if i not in parents)
+    for leaf in tree.leaves:
+        assert tree.segments[leaf].finish_reason
+        response = tree.path_token_ids(leaf, with_prompt=False)
+        assert 1 <= len(response) <= settings.max_response_length
+        assert not np.isin(response[:-1], settings.stop_token_ids).any()
+    inner = set(range(len(tree.segments))) - set(tree.leaves)
+    assert not any(tree.segments[i].finish_reason for i in inner)
+    assert len({segment.path_key for segment in tree.segments}) == len(tree.segments)
+    assert tree.num_leaves == 1 + tree.counters.branches + tree.counters.fallbacks
+
+
+@pytest.mark.parametrize("eos_rate", [0.0, 0.02, 0.1, 0.3, 0.9])
+@pytest.mark.parametrize("changes", [{}, dict(initial_divergence_max=8), dict(n=1, **{
+    "initial_divergence_min": 1, "initial_divergence_max": 1})])  # fmt: skip
+def test_every_tree_reaches_its_width_and_records_what_the_engine_saw(drive, eos_rate, changes):
+    strategy = treepo(**changes)
+    for key in range(25):
+        engine = drive.ScriptedEngine(drive.random_script(eos_rate))
+        tree = drive.grow(strategy, drive.prompt(key), engine)
+        check_tree(tree, drive, engine, strategy.settings)
+        assert tree.num_leaves == strategy.settings.n
+
+
+@pytest.mark.parametrize("eos_rate", [0.05, 0.3])
+def test_without_a_fallback_there_may_be_fewer_leaves(drive, eos_rate):
+    strategy = treepo(fallback="none")
+    widths = set()
+    for key in range(25):
+        engine = drive.ScriptedEngine(drive.random_script(eos_rate))
+        tree = drive.grow(strategy, drive.prompt(key), engine)
+        check_tree(tree, drive, engine, strategy.settings)
+        assert tree.counters.fallbacks == 0
+        widths.add(tree.num_leaves)
+    assert min(widths) < 8 and max(widths) <= 8
+
+
+@pytest.mark.parametrize("eos_rate", [0.03, 0.2])
+def test_the_tree_does_not_depend_on_the_order_or_grouping_of_results(drive, eos_rate):
+    strategy = treepo(initial_divergence_max=4)
+    for key in range(5):
+        script = drive.random_script(eos_rate)
+        expected = drive.grow(strategy, drive.prompt(key), drive.ScriptedEngine(script))
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            engine = drive.ScriptedEngine(script)
+            tree = drive.grow_in_disorder(strategy, drive.prompt(key), engine, rng)
+            assert tree.same_tokens(expected)
+            assert tree.counters == expected.counters
+
+
+def test_an_unfinished_tree_goes_on_from_its_pickle_in_a_new_machine(drive):
+    script = drive.random_script(0.1)
+    expected = drive.grow(treepo(), drive.prompt(), drive.ScriptedEngine(script))
+    rng = np.random.default_rng(0)
+    engine = drive.ScriptedEngine(script)
+    state, waiting = treepo().start(drive.prompt())
+    while waiting:
+        strategy = pickle.loads(pickle.dumps(treepo()))
+        state = pickle.loads(pickle.dumps(state))
+        request = state.outstanding[rng.integers(len(state.outstanding))]
+        state, new = strategy.advance(state, [engine.extend(state.segments, request)])
+        waiting = state.outstanding
+        assert list(state.outstanding) == new or not new
+    assert treepo().tree(state).same_tokens(expected)
+
+
+def test_results_handed_over_one_state_twice_give_the_same_states(drive):
+    strategy = treepo()
+    engine = drive.ScriptedEngine(drive.random_script(0.1))
+    state, requests = strategy.start(drive.prompt())
+    results = [engine.extend(state.segments, request) for request in requests]
+    first, asked_first = strategy.advance(state, results)
+    second, asked_second = strategy.advance(state, results)
+    assert asked_first == asked_second and len(first.segments) == len(second.segments)
+    assert len(state.segments) == 1, "the state handed in is not changed"
+
+
+def test_an_answer_nobody_asked_for_is_a_broken_invariant(drive):
+    strategy = treepo()
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    state, requests = strategy.start(drive.prompt())
+    result = engine.extend(state.segments, requests[0])
+    state, _ = strategy.advance(state, [result])
+    with pytest.raises(AssertionError, match="unasked"):
+        strategy.advance(state, [result])
+
+
+# --- budget ---
+
+
+@pytest.mark.parametrize(
+    ("active", "finished", "finished_this_step", "width", "budget"),
+    [
+        (2, 0, 0, 16, 4),  # plain doubling
+        (1, 1, 1, 16, 4),  # the one that ended hands its two on
+        (6, 4, 2, 16, 12),  # no more than the width leaves
+        (6, 10, 0, 16, 6),  # full: everyone goes on alone
+        (3, 12, 2, 16, 4),
+    ],
+)
+def test_early_finishers_hand_their_budget_on(active, finished, finished_this_step, width, budget):
+    assert budget == level_budget(
+        active=active, finished=finished, finished_this_step=finished_this_step, width=width
+    )
+
+
+def test_a_tree_without_early_ends_doubles_until_it_is_full(drive):
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    tree = drive.grow(treepo(n=12), drive.prompt(), engine)
+    levels = Counter(segment.level for segment in tree.segments)
+    assert levels == {0: 1, 1: 2, 2: 4, 3: 8, 4: 12, 5: 12}
+    forks = Counter(s.parent for s in tree.segments if s.level == 4)
+    assert sorted(forks.values()) == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_left_over_copies_go_to_paths_drawn_by_their_keys(drive):
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    favoured = Counter()
+    for key in range(200):
+        tree = drive.grow(
+            treepo(n=5), drive.prompt(key), engine=drive.ScriptedEngine(engine.script)
+        )
+        forks = [sum(s.parent == i for s in tree.segments) for i in range(3, 7)]
+        assert sorted(forks) == [1, 1, 1, 2]
+        favoured[forks.index(2)] += 1
+    assert all(30 <= favoured[k] <= 70 for k in range(4)), favoured
+
+
+def test_the_even_split_ignores_the_order_of_the_paths(drive):
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    segments = drive.grow(treepo(n=8), drive.prompt(), engine).segments
+    active = [3, 4, 5, 6]
+    copies = dict(zip(active, even(segments, active, 11), strict=True))
+    turned = [6, 4, 3, 5]
+    assert dict(zip(turned, even(segments, turned, 11), strict=True)) == copies
+    assert sorted(copies.values()) == [2, 3, 3, 3]
+
+
+def test_a_finisher_s_budget_reaches_the_survivor(drive):
+    def script(context, request):
+        first = request.path_key == child_key(7, 0)
+        return [1] if request.level == 1 and first else [5, 6, 7, 8]
+
+    tree = drive.grow(treepo(), drive.prompt(7), drive.ScriptedEngine(script))
+    levels = Counter(segment.level for segment in tree.segments)
+    assert levels == {0: 1, 1: 2, 2: 4, 3: 7, 4: 7, 5: 7}
+    assert tree.counters.branches == 7 and tree.counters.fallbacks == 0
+
+
+# --- initial divergence ---
+
+
+def test_the_initial_divergence_takes_every_value_of_its_range(drive):
+    strategy = treepo(initial_divergence_min=2, initial_divergence_max=8)
+    counts = Counter(len(strategy.start(drive.prompt(key))[1]) for key in range(700))
+    assert set(counts) == {2, 3, 4, 5, 6, 7, 8}
+    assert all(60 <= count <= 140 for count in counts.values()), counts
+    again = [len(strategy.start(drive.prompt(key))[1]) for key in range(10)]
+    assert again == [len(strategy.start(drive.prompt(key))[1]) for key in range(10)]
+
+
+# --- ends ---
+
+
+def test_a_segment_of_only_eos_becomes_a_leaf(drive):
+    def script(context, request):
+        return [1] if request.level == 2 else [5, 6, 7, 8]
+
+    tree = drive.grow(treepo(n=4, fallback="none"), drive.prompt(), drive.ScriptedEngine(script))
+    assert leaf_reasons(tree) == {EOS: 4}
+    assert [tree.segments[leaf].token_ids.tolist() for leaf in tree.leaves] == [[1]] * 4
+
+
+@pytest.mark.parametrize("eos", [1, 8, 9])
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_any_of_several_eos_ids_is_seen_at_any_position(drive, eos, position):
+    def script(context, request):
+        return [20, 21, 22, 23][:position] + [eos]
+
+    strategy = treepo(stop_token_ids=[1, 8, 9], fallback="none")
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(script))
+    assert leaf_reasons(tree) == {EOS: 2}
+
+
+def test_an_eos_that_just_fits_counts_even_if_the_engine_calls_it_length(drive):
+    strategy = treepo(fallback="none")
+    state, requests = strategy.start(drive.prompt())
+    results = [
+        ExtendResult(
+            request=request,
+            token_ids=np.array([5, 6, 7, 1], np.int32),
+            logprobs=np.zeros(4, np.float32),
+            sampling_logprobs=np.zeros(4, np.float32),
+            finish_reason=LENGTH,
+            policy_version=0,
+        )
+        for request in requests
+    ]
+    state, requests = strategy.advance(state, results)
+    assert not requests
+    assert leaf_reasons(strategy.tree(state)) == {EOS: 2}
+
+
+def test_the_response_limit_counts_tokens_below_the_prompt_and_shortens_the_last_segment(drive):
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    strategy = treepo(max_response_length=18)
+    tree = drive.grow(strategy, drive.prompt(token_ids=range(30, 40)), engine)
+    assert leaf_reasons(tree) == {TRUNCATED: 8}
+    assert all(len(tree.path_token_ids(leaf)) == 10 + 18 for leaf in tree.leaves)
+    assert {tree.segments[leaf].num_tokens for leaf in tree.leaves} == {2}
+
+
+def test_the_depth_limit_ends_paths_that_have_tokens_left(drive):
+    def script(context, request):
+        return [5, 6] if request.level == 1 else [5, 6, 7, 8]
+
+    tree = drive.grow(treepo(n=2), drive.prompt(), drive.ScriptedEngine(script))
+    assert leaf_reasons(tree) == {DEPTH: 2}
+    assert {len(tree.path_token_ids(leaf, with_prompt=False)) for leaf in tree.leaves} == {18}
+
+
+def test_a_repetition_across_segments_ends_the_path(drive):
+    strategy = treepo(
+        n=2, repetition_ngram=2, repetition_count=5, max_depth=10, max_response_length=40
+    )
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(lambda c, r: [5, 6, 5, 6]))
+    assert leaf_reasons(tree) == {REPETITION: 2}
+    assert {len(tree.path_token_ids(leaf, with_prompt=False)) for leaf in tree.leaves} == {12}
+
+
+def test_a_finished_repetition_is_an_eos(drive):
+    strategy = treepo(n=2, repetition_ngram=1, repetition_count=3)
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(lambda c, r: [5, 5, 5, 1]))
+    assert leaf_reasons(tree) == {EOS: 2}
+
+
+def answer_over_a_boundary(context, request):
+    """The answer's tokens 30, 31 stand on both sides of the first boundary."""
+    return [5, 6, 7, 30] if request.level == 1 else [31, 8, 9, 10]
+
+
+def test_an_answer_across_a_segment_boundary_ends_the_path(drive):
+    strategy = treepo(n=4, finish="boxed_as_eos", answer_token_ids=[[77], [30, 31]])
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(answer_over_a_boundary))
+    assert leaf_reasons(tree) == {ANSWER: 4}
+    assert {tree.segments[leaf].level for leaf in tree.leaves} == {2}
+
+
+def test_an_answer_does_not_end_the_path_where_eos_must_follow(drive):
+    strategy = treepo(n=4, finish="boxed_and_eos", answer_token_ids=[[30, 31]])
+    engine = drive.ScriptedEngine(answer_over_a_boundary)
+    tree = drive.grow(strategy, drive.prompt(), engine)
+    assert leaf_reasons(tree) == {TRUNCATED: 4}
+
+    def with_eos(context, request):
+        tokens = answer_over_a_boundary(context, request)
+        return [*tokens[:2], 1] if request.level == 3 else tokens
+
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(with_eos))
+    assert leaf_reasons(tree) == {ANSWER: 4}
+    assert {tree.segments[leaf].level for leaf in tree.leaves} == {3}
+
+
+def test_an_answer_in_the_prompt_is_not_the_responses(drive):
+    strategy = treepo(n=2, finish="boxed_as_eos", answer_token_ids=[[30, 31]])
+    engine = drive.ScriptedEngine(drive.random_script(0.0, vocabulary=20))
+    tree = drive.grow(strategy, drive.prompt(token_ids=[30, 31, 30]), engine)
+    assert leaf_reasons(tree) == {TRUNCATED: 2}
+
+
+def test_two_forks_that_draw_equal_tokens_stay_two_nodes(drive):
+    engine = drive.ScriptedEngine(lambda context, request: [5, 6, 7, 8])
+    tree = drive.grow(treepo(), drive.prompt(), engine)
+    check_tree(tree, drive, engine, TreePOSettings(**SHORT))
+    assert tree.num_leaves == 8
+    assert Counter(s.level for s in tree.segments) == {0: 1, 1: 2, 2: 4, 3: 8, 4: 8, 5: 8}
+
+
+# --- fallback ---
+
+
+def test_a_fallback_cuts_at_boundaries_of_the_path_and_goes_on_twice(drive):
+    strategy = treepo(n=16)
+    cuts = Counter()
+    for key in range(100):
+        engine = drive.ScriptedEngine(drive.random_script(0.35))
+        tree = drive.grow(strategy, drive.prompt(key), engine)
+        check_tree(tree, drive, engine, strategy.settings)
+        assert tree.num_leaves == 16
+        cuts[tree.counters.restarts > 0, tree.counters.fallbacks > tree.counters.restarts] += 1
+    assert cuts[True, True] > 10, "cuts at the prompt and further down both occur"
+
+
+def test_fallback_cuts_are_uniform_over_the_boundaries(drive):
+    from rollout.strategies.fallback import random_segment
+
+    def chain(context, request):
+        return [5, 6, 7, 8] if request.level < 4 else [1]
+
+    strategy = treepo(n=1, initial_divergence_min=1, initial_divergence_max=1)
+    counts = Counter()
+    for key in range(800):
+        segments = drive.grow(strategy, drive.prompt(key), drive.ScriptedEngine(chain)).segments
+        (parent, same) = random_segment(segments, [4], 2, key % 3)
+        assert parent == same
+        counts[parent] += 1
+    assert set(counts) == {0, 1, 2, 3}
+    assert all(150 <= count <= 250 for count in counts.values()), counts
+
+
+def test_an_odd_number_of_missing_leaves_is_filled_exactly(drive):
+    strategy = treepo(n=5)
+    for key in range(20):
+        engine = drive.ScriptedEngine(lambda context, request: [1])
+        tree = drive.grow(strategy, drive.prompt(key), engine)
+        assert tree.num_leaves == 5
+        assert all(segment.parent == 0 for segment in tree.segments[1:])  # depth 0 is the only cut
+        assert (tree.counters.branches, tree.counters.fallbacks, tree.counters.restarts) == (
+            1,
+            3,
+            3,
+        )
+
+
+def test_without_a_candidate_new_paths_leave_the_prompt(drive):
+    def script(context, request):
+        return [5, 5, 5, 5]
+
+    strategy = treepo(
+        n=7, initial_divergence_min=3, initial_divergence_max=3, repetition_ngram=1,
+        repetition_count=4,
+    )  # fmt: skip
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(script))
+    assert leaf_reasons(tree) == {REPETITION: 7}
+    assert all(segment.parent == 0 for segment in tree.segments[1:])
+    assert (tree.counters.fallbacks, tree.counters.restarts) == (4, 4)
+
+
+def test_only_leaves_with_an_answer_or_eos_are_cut(drive):
+    """The path through token 5 ends by repetition, the one through token 20 by EOS."""
+
+    def script(context, request):
+        if request.level == 1:
+            first = request.path_key == child_key(7, 0)
+            return [5, 6, 7, 8] if first else [2, 3, 4, 20]
+        return [9, 9, 9, 9] if 5 in context else [21, 1]
+
+    strategy = treepo(n=9, repetition_ngram=1, repetition_count=4)
+    for key in range(20):
+        tree = drive.grow(strategy, drive.prompt(key, (7, 8)), drive.ScriptedEngine(script))
+        assert tree.num_leaves == 9
+    tree = drive.grow(strategy, drive.prompt(7), drive.ScriptedEngine(script))
+    assert leaf_reasons(tree) == {REPETITION: 2, EOS: 7}
+    assert sum(s.parent == 1 for s in tree.segments) == 2, "nothing was cut below the repetition"
+
+
+def test_the_fallback_runs_with_the_papers_settings(drive):
+    strategy = STRATEGIES.get("treepo")(TreePOSettings(stop_token_ids=[1]))
+    engine = drive.ScriptedEngine(drive.random_script(0.001, vocabulary=20000))
+    fallbacks = 0
+    for key in range(3):
+        tree = drive.grow(strategy, drive.prompt(key), engine)
+        check_tree(tree, drive, engine, strategy.settings)
+        assert tree.num_leaves == 16
+        fallbacks += tree.counters.fallbacks
+    assert fallbacks > 0
+
+
+def test_one_prompt_never_waits_for_another(drive):
+    strategy = treepo()
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    slow, _ = strategy.start(drive.prompt(1))
+    tree = drive.grow(strategy, drive.prompt(2), engine)
+    assert tree.num_leaves == 8
+    assert strategy.tree(slow) is None
