@@ -1,0 +1,70 @@
+"""Step-by-step answers to chain sums, with the slips of a pupil who sometimes forgets to carry.
+
+``7 + 15 - 4`` is answered ``7 + 15 = 22 - 4 = 18`` and, on its own line, ``#### 18``. Where the
+units column carries or borrows, the carry is forgotten with a given probability and the chain goes
+on from the wrong value (``7 + 15 = 12 - 4 = 8``). Such errors are systematic: a model taught on
+them makes them greedily too, and knows the right way well enough to be rewarded for it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+ANSWER_MARKER = "#### "
+_CHAIN = re.compile(r"-?\d+(?: [+-] -?\d+)+")
+
+
+def parse_chain(question: str) -> list[tuple[str, int]]:
+    """The terms of the last chain sum in ``question`` as (operator, number), the first with "+".
+
+    Raises:
+        ValueError: there is no chain of at least two numbers joined by `` + `` or `` - ``.
+    """
+    chains = _CHAIN.findall(question)
+    if not chains:
+        raise ValueError(
+            f"question {question!r} holds no chain sum; expected numbers joined by ' + ' or ' - ', "
+            "such as '7 + 15 - 4'"
+        )
+    first, *rest = chains[-1].split(" ")
+    return [("+", int(first))] + [
+        (operator, int(number)) for operator, number in zip(rest[::2], rest[1::2], strict=True)
+    ]
+
+
+def add_without_carry(a: int, b: int) -> int:
+    """``a + b`` as computed on paper, with the carry into, or the borrow from, the tens forgotten.
+
+    Equal to ``a + b`` where the units column neither carries nor borrows. Magnitudes of equal sign
+    are added; otherwise the smaller is taken from the larger, whose sign the result has.
+    """
+    large, small = sorted((abs(a), abs(b)), reverse=True)
+    sign = 1 if (a if abs(a) >= abs(b) else b) >= 0 else -1
+    if (a >= 0) == (b >= 0):
+        carries = large % 10 + small % 10 >= 10
+        return sign * (large + small - 10 * carries)
+    borrows = large % 10 < small % 10
+    return sign * (large - small + 10 * borrows)
+
+
+def carries_or_borrows(a: int, b: int) -> bool:
+    """Whether adding ``b`` to ``a`` on paper carries out of, or borrows into, the units column."""
+    return add_without_carry(a, b) != a + b
+
+
+def demonstrate(question: str, *, error_prob: float, rng: random.Random) -> str:
+    """A worked answer to the chain sum in ``question``; always right where ``error_prob`` is 0.
+
+    Args:
+        error_prob: probability that a step with a carry or a borrow forgets it.
+        rng: drawn from once for every such step, whatever ``error_prob`` is.
+    """
+    (_, total), *steps = parse_chain(question)
+    text = str(total)
+    for operator, number in steps:
+        term = number if operator == "+" else -number
+        forgets = carries_or_borrows(total, term) and rng.random() < error_prob
+        total = add_without_carry(total, term) if forgets else total + term
+        text += f" {operator} {number} = {total}"
+    return f"{text}\n{ANSWER_MARKER}{total}"
