@@ -18,7 +18,7 @@ def segment(parent: int, text: str, finish: str = "", sampled: bool = True) -> S
     return Segment(
         parent=parent,
         level=0 if parent < 0 else 1 if parent == 0 else 2,
-        path_key=2**64 - 1 - parent,
+        path_key=2**64 - 2 - parent,
         token_ids=np.array([*map(ord, text)], np.int32),
         logprobs=logprobs,
         sampling_logprobs=logprobs / 2,
@@ -76,7 +76,7 @@ def test_a_line_holds_the_whole_tree(tmp_path: Path) -> None:
     assert node["logprobs"] == [-0.123457, -0.123457]
     assert node["sampling_logprobs"] == [-0.061728, -0.061728]
     assert (node["version"], node["finish_reason"], node["level"]) == (4, "eos", 2)
-    assert record["nodes"][0]["path_key"] == "0" * 16
+    assert record["nodes"][0]["path_key"] == "f" * 16
     assert [leaf["node"] for leaf in record["leaves"]] == [2, 3]
     assert [leaf["text"] for leaf in record["leaves"]] == ["ab7", "ab"]
     assert [leaf["num_tokens"] for leaf in record["leaves"]] == [4, 2]
