@@ -1,0 +1,377 @@
+"""One rank of the learner: the policy in a DeepSpeed engine, updated on packed rows.
+
+The gradient of an update is exactly that of ``sum of token losses / denominator`` over all rows of
+all ranks, however they are distributed: DeepSpeed's averaging over ranks is multiplied out, its
+division by accumulation steps is not used, and the accumulation boundary is set by hand, so that
+the number of rows may differ from update to update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+import deepspeed  # noqa: E402  (its log level is read on import)
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
+
+from trainers.batch import PackedBatch  # noqa: E402
+from trainers.logprobs import LogprobHead  # noqa: E402
+from trainers.losses import POLICY_LOSSES, TrainedTokens  # noqa: E402
+from trainers.metrics import MetricSums  # noqa: E402
+from trainers.model import PolicyModel, load_policy  # noqa: E402
+from trainers.schedule import learning_rate  # noqa: E402
+from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
+from treepo.base.digest import (  # noqa: E402
+    WeightManifest,
+    combine_digests,
+    manifest_of,
+    tensor_digests,
+)
+
+_TAG = "weights_and_optimizer"
+_META = "learner.json"
+# Files beside the weights that make an exported folder complete.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Learner:
+    """A learner rank. Every method is collective: all ranks call it, in the same order.
+
+    Args:
+        model_path: folder or Hub name of a causal language model.
+        settings: the same on every rank.
+        rank, world_size: of this process among the learner's.
+        init_method: where ranks meet, e.g. ``tcp://host:port``; not needed by a single rank.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        settings: LearnerSettings,
+        rank: int = 0,
+        world_size: int = 1,
+        init_method: str | None = None,
+    ) -> None:
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        self.model_path = model_path
+        self.settings = settings
+        self.rank = rank
+        self.world_size = world_size
+        self.num_optimizer_steps = 0
+        self._loss = POLICY_LOSSES.get(settings.policy_loss.name)
+        _join(settings, rank, world_size, init_method)
+        policy = load_policy(
+            model_path,
+            dtype=getattr(torch, settings.dtype),
+            logprob_chunk_size=settings.logprob_chunk_size,
+            fp32_lm_head=settings.fp32_lm_head,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        self._engine = _make_engine(policy, settings)
+        self.policy: PolicyModel = self._engine.module
+        self.device = torch.device(self._engine.device)
+
+    def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
+        """One optimiser step for each mini-batch.
+
+        Args:
+            mini_batches: outer, optimiser steps; inner, this rank's rows (equally many on every
+                rank; see :func:`trainers.packing.pack`).
+
+        Returns:
+            Metrics over all ranks, the same on each.
+        """
+        sums = MetricSums()
+        for number, rows in enumerate(mini_batches):
+            rate = learning_rate(self.settings.optimizer, self.num_optimizer_steps)
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = rate
+            for at, row in enumerate(rows):
+                self._engine.set_gradient_accumulation_boundary(at == len(rows) - 1)
+                loss = self._loss_of(row, sums, first_update=number == 0)
+                self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            grad_norm, applied = self._step()
+            self.num_optimizer_steps += applied
+            sums.add_count("actor/num_updates", int(applied))
+            sums.add_count("actor/skipped_updates", int(not applied))
+            if applied:
+                sums.add_rank_equal("actor/grad_norm", grad_norm)
+            sums.add_rank_equal("actor/lr", rate)
+        return sums.reduce(num_updates=len(mini_batches), device=self.device)
+
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+        """Log-probabilities float32 [T] of every token of each row under its temperature, without
+        gradient; 0 where a token has no predictor. On CPU. Equally many rows on every rank.
+        """
+        results = []
+        for row in batches:
+            batch = _to_device(row, self.device)
+            index = torch.nonzero(batch.predictor >= 0).squeeze(1)
+            with torch.no_grad():
+                logprobs, _ = self._engine(batch, index)
+            full = torch.zeros(row.num_tokens, dtype=torch.float32, device=self.device)
+            full[index] = logprobs.float()
+            results.append(full.cpu())
+        return results
+
+    def state_tensors(self) -> tuple[dict[str, torch.Tensor], WeightManifest]:
+        """All weights and persistent buffers as the engine stores them, by the names of the model's
+        ``state_dict`` (tied names share storage), and their manifest. Don't modify the tensors.
+        """
+        with self._gathered() as state:
+            tensors = _copy_keeping_ties(state) if self._sharded else state
+        return tensors, manifest_of(tensors)
+
+    def digest(self) -> str:
+        """64-bit digest (16 hex digits) of :meth:`state_tensors`."""
+        with self._gathered() as state:
+            return combine_digests(tensor_digests(state))
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, optimiser, step count and random states; all ranks into one folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save(_random_state(), folder / f"random_state_rank_{self.rank}.pt")
+        if self.rank == 0:
+            (folder / _META).write_text(json.dumps(self._meta()))
+        dist.barrier()
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the folder is no learner checkpoint, or one of other ranks, ZeRO stage,
+                dtype or optimiser.
+        """
+        folder = Path(folder)
+        if not (folder / _META).is_file():
+            raise ValueError(f"checkpoint {str(folder)!r} has no {_META}: not a learner checkpoint")
+        saved, own = json.loads((folder / _META).read_text()), self._meta()
+        for name in ("world_size", "zero_stage", "dtype", "optimizer"):
+            if saved[name] != own[name]:
+                raise ValueError(
+                    f"checkpoint {str(folder)!r} was written with {name}={saved[name]!r}, this "
+                    f"learner has {own[name]!r}: start it with the same, or begin a new run from "
+                    "the checkpoint's exported model"
+                )
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise ValueError(f"checkpoint {str(folder)!r} lacks DeepSpeed's files under {_TAG}/")
+        self.num_optimizer_steps = saved["num_optimizer_steps"]
+        state = torch.load(folder / f"random_state_rank_{self.rank}.pt", weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def export_hf(self, folder: str | Path) -> None:
+        """Write a folder that ``from_pretrained`` loads: safetensors, configuration, and the
+        tokenizer's files of the original model. Written by rank 0.
+        """
+        folder = Path(folder)
+        with self._gathered() as state:
+            if self.rank == 0:
+                self.policy.model.save_pretrained(folder, state_dict=state)
+                for name in _TOKENIZER_FILES:
+                    source = Path(self.model_path) / name
+                    if source.is_file() and not (folder / name).exists():
+                        shutil.copyfile(source, folder / name)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group. The learner can't be used after it."""
+        self._engine.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def _sharded(self) -> bool:
+        return self._engine.zero_optimization_stage() == 3
+
+    def _loss_of(self, row: PackedBatch, sums: MetricSums, *, first_update: bool) -> torch.Tensor:
+        batch = _to_device(row, self.device)
+        settings = self.settings.policy_loss
+        index = torch.nonzero(batch.weight > 0).squeeze(1)
+        logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
+        tokens = TrainedTokens(
+            logprobs=logprobs,
+            entropy=entropy,
+            old_logprobs=batch.behaviour_logprobs[index],
+            advantage_pos=batch.advantage_pos[index],
+            advantage_neg=batch.advantage_neg[index],
+            weight=batch.weight[index],
+            index=index,
+            batch=batch,
+        )
+        losses = self._loss(tokens, settings)
+        loss = losses.loss.sum() / batch.denominator
+        sums.add_rank_sum("actor/pg_loss", loss.detach())
+        if settings.entropy_coeff > 0:
+            bonus = (tokens.weight * entropy).sum() / batch.denominator
+            loss = loss - settings.entropy_coeff * bonus
+        metrics = {"actor/entropy": entropy.detach(), **losses.metrics}
+        sums.add_weighted(metrics, tokens.weight)
+        if first_update:
+            difference = (logprobs.detach().exp() - tokens.old_logprobs.exp()).abs()
+            sums.add_difference("training/rollout_probs_diff", difference)
+        return loss
+
+    def _step(self) -> tuple[float, bool]:
+        """Clip and take the optimiser step; skipped when the gradient is not finite. Returns the
+        norm before clipping and whether the step was taken.
+        """
+        if self._engine.zero_optimization_stage() == 0:
+            # Without ZeRO every rank holds the whole reduced gradient, and DeepSpeed neither
+            # reports its norm nor looks for numbers that are not finite.
+            limit = self.settings.optimizer.grad_clip or math.inf
+            parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return norm, False
+            self._engine.step()
+            return norm, True
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The model's state dict with whole tensors; under ZeRO-3 valid inside the context only."""
+        model = self.policy.model
+        parameters = list(model.parameters()) if self._sharded else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
+            yield {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world_size,
+            "zero_stage": self.settings.zero_stage,
+            "dtype": self.settings.dtype,
+            "optimizer": self.settings.optimizer.name,
+            "num_optimizer_steps": self.num_optimizer_steps,
+        }
+
+
+def _join(settings: LearnerSettings, rank: int, world_size: int, init_method: str | None) -> None:
+    """Set up the process group before DeepSpeed does, so that rank, store and timeout are ours."""
+    deepspeed.logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed asks which of the machine's devices is this rank's; an actor sees its own alone.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory collective at the first start; gloo does its work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        rendezvous: dict[str, Any] = {"init_method": init_method}
+        if world_size == 1:
+            rendezvous = {"store": dist.HashStore()}
+        elif init_method is None:
+            raise ValueError(f"world_size={world_size} needs init_method, e.g. tcp://host:port")
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=settings.init_timeout_s),
+            **rendezvous,
+        )
+    if dist.get_world_size() != world_size:
+        raise ValueError(
+            f"world_size={world_size}, but this process is in a group of {dist.get_world_size()}"
+        )
+
+
+def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
+    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    if settings.zero_stage == 3:
+        # The head's weight is used by its parent's loop over chunks, not by a call of the head.
+        deepspeed.utils.set_z3_leaf_modules(policy, [LogprobHead])
+    engine, _, _, _ = deepspeed.initialize(
+        model=policy,
+        optimizer=_make_optimizer(policy, settings.optimizer),
+        config=_engine_config(settings),
+        dist_init_required=False,
+    )
+    for name, buffer in engine.module.named_buffers():
+        # The engine casts buffers with the weights; rotary frequencies don't survive bfloat16.
+        buffer.data = buffers[name].to(buffer.device)
+    return engine
+
+
+def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
+    bf16 = settings.dtype == "bfloat16"
+    # DeepSpeed accumulates bfloat16 gradients in float32 from stage 1 on. On the same weights the
+    # update of stage 1 equals that of stage 0.
+    stage = max(settings.zero_stage, 1) if bf16 else settings.zero_stage
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.optimizer.grad_clip if stage else 0.0,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def _to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if batch.token_ids.device == device:
+        return batch
+    moved: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(batch, **moved)
+
+
+def _copy_keeping_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    copies: dict[int, torch.Tensor] = {}
+    return {
+        name: copies.setdefault(tensor.data_ptr(), tensor.clone()) for name, tensor in state.items()
+    }
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state

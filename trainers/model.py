@@ -1,0 +1,128 @@
+"""The policy: a causal language model of transformers that maps a packed row to log-probabilities.
+
+Everything that touches a weight happens in this module's ``forward``, so that an engine which
+shards weights over ranks can gather them by its hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from trainers import attention
+from trainers.batch import PackedBatch
+from trainers.logprobs import LogprobHead
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_DROPOUTS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "dropout",
+    "activation_dropout",
+    "attn_dropout",
+)
+
+
+class PolicyModel(torch.nn.Module):
+    """A causal language model over packed rows.
+
+    Attributes:
+        model: the transformers model, its head included.
+        head: the same head, giving log-probabilities.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, logprob_chunk_size: int = 4096, fp32_lm_head: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        lm_head = model.get_output_embeddings()
+        if not isinstance(lm_head, torch.nn.Linear):
+            raise ValueError(
+                f"{type(model).__name__} has no linear language-model head; choose a causal LM"
+            )
+        self.head = LogprobHead(
+            lm_head, model.config, chunk_size=logprob_chunk_size, fp32=fp32_lm_head
+        )
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [T, hidden size] of a row."""
+        context = attention.PackedTreeContext(
+            visible_until=batch.visible_until,
+            position_ids=batch.position_ids,
+            device=batch.token_ids.device,
+        )
+        output = self.model.base_model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            packed_tree=context,
+        )
+        return output.last_hidden_state[0]
+
+    def forward(
+        self, batch: PackedBatch, index: torch.Tensor, entropy_grad: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [M] of the row's tokens ``index`` (int64 [M]), each
+        predicted from its parent in the tree, under the temperature it was sampled with.
+        """
+        predictor = batch.predictor[index]
+        hidden = self.hidden_states(batch)[predictor.clamp(min=0)]
+        return self.head(hidden, batch.token_ids[index], batch.temperature[index], entropy_grad)
+
+
+def load_policy(
+    model_path: str,
+    *,
+    dtype: torch.dtype,
+    logprob_chunk_size: int = 4096,
+    fp32_lm_head: bool = False,
+    gradient_checkpointing: bool = False,
+) -> PolicyModel:
+    """Load a folder or Hub name with packed-tree attention and all dropout off.
+
+    Raises:
+        ValueError: the model's attention can't be trained on packed trees.
+    """
+    config = AutoConfig.from_pretrained(model_path)
+    check_supported(config)
+    switch_off_dropout(config)
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, config=config, dtype=dtype, attn_implementation=attention.NAME
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return PolicyModel(model, logprob_chunk_size=logprob_chunk_size, fp32_lm_head=fp32_lm_head)
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Refuse models whose layers mix tokens by other means than (windowed) causal attention: they
+    would silently see across branches.
+    """
+    text_config = config.get_text_config()
+    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    if unknown := layer_types - _LAYER_TYPES:
+        raise ValueError(
+            f"model_type={config.model_type!r} has layers of type {', '.join(sorted(unknown))}; "
+            "training on token trees supports full and sliding-window attention only"
+        )
+    if getattr(text_config, "attention_chunk_size", None):
+        raise ValueError(
+            f"model_type={config.model_type!r} uses chunked attention, which training on token "
+            "trees doesn't support"
+        )
+
+
+def switch_off_dropout(config: PretrainedConfig) -> None:
+    """A policy gradient compares log-probabilities of one function: no dropout."""
+    text_config: Any = config.get_text_config()
+    for name in _DROPOUTS:
+        if isinstance(getattr(text_config, name, None), float):
+            setattr(text_config, name, 0.0)
