@@ -1,0 +1,80 @@
+"""What the supervised command can be told: plain dataclasses, checked when they are built. No torch
+in here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
+
+
+@dataclass
+class TinyModelSettings:
+    """Shape of the Qwen3 model that is trained from scratch."""
+
+    num_layers: int = 3
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            _require(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_heads={self.num_heads}: heads share keys in equal groups"
+            )
+
+
+@dataclass
+class DemonstrationSettings:
+    """Chain sums of reasoning-gym and the slips of the pupil who answers them."""
+
+    min_terms: int = 2
+    max_terms: int = 6
+    min_value: int = 1  # of a term
+    max_value: int = 20
+    error_prob: float = 0.6  # with which a step that carries or borrows forgets it
+
+    def __post_init__(self) -> None:
+        _require("data.min_terms", self.min_terms, self.min_terms >= 2, ">= 2")
+        _require("data.max_terms", self.max_terms, self.max_terms >= self.min_terms, ">= min_terms")
+        _require("data.min_value", self.min_value, self.min_value >= 0, ">= 0")
+        _require("data.max_value", self.max_value, self.max_value >= self.min_value, ">= min_value")
+        _require("data.error_prob", self.error_prob, 0 <= self.error_prob <= 1, "in [0, 1]")
+
+
+def _learner() -> LearnerSettings:
+    return LearnerSettings(
+        optimizer=OptimizerSettings(lr=3e-3, lr_warmup_steps=50, betas=[0.9, 0.95]),
+        policy_loss=PolicyLossSettings(name="nll"),
+        num_threads=1,
+    )
+
+
+@dataclass
+class SFTSettings:
+    """Everything the supervised command is told."""
+
+    output: str = "outputs/sft"  # folder of the finished model; must not hold one yet
+    seed: int = 0  # of the initial weights, the problems and the slips
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 32  # demonstrations a step
+    model: TinyModelSettings = field(default_factory=TinyModelSettings)
+    data: DemonstrationSettings = field(default_factory=DemonstrationSettings)
+    learner: LearnerSettings = field(default_factory=_learner)  # total_training_steps: 0 = steps
+
+    def __post_init__(self) -> None:
+        _require("output", self.output, bool(self.output), "a folder")
+        _require("seed", self.seed, self.seed >= 0, ">= 0")
+        _require("steps", self.steps, self.steps >= 1, ">= 1")
+        _require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is out of range: it must be {allowed}")
