@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,45 +57,10 @@ def to_token_tree(
             they use. They have no part in the loss; leaving them out saves the forward pass and
             their rows in the leaf table.
     """
-    tree = group.tree
-    kept = np.ones(tree.num_leaves, dtype=bool)
+    rows = np.arange(group.tree.num_leaves)
     if drop_untrained:
-        kept = advantages.leaf_weight > 0
-    leaves = np.array(tree.leaves, dtype=np.int64)[kept]
-    layout = _preorder(tree, leaves.tolist())
-    order = layout.order
-    segments = [tree.segments[i] for i in order]
-    counts = np.array([segment.num_tokens for segment in segments])
-    num_tokens = int(counts.sum())
-    index = np.arange(num_tokens)
-
-    def per_token(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values[order], counts)
-
-    start = per_token(layout.start)
-    predictor = index - 1
-    first = index == start
-    predictor[first] = per_token(layout.above)[first]
-    return TokenTree(
-        token_ids=_tensor(_concatenate(segments, "token_ids"), torch.int64),
-        position_ids=_tensor(index - start + per_token(layout.depth), torch.int64),
-        visible_until=_tensor(per_token(layout.end), torch.int64),
-        predictor=_tensor(predictor, torch.int64),
-        advantage_pos=_tensor(per_token(advantages.advantage_pos), torch.float32),
-        advantage_neg=_tensor(per_token(advantages.advantage_neg), torch.float32),
-        weight=_tensor(per_token(advantages.weight), torch.float32),
-        behaviour_logprobs=_tensor(_concatenate(segments, "logprobs"), torch.float32),
-        sampling_logprobs=_tensor(_concatenate(segments, "sampling_logprobs"), torch.float32),
-        temperature=torch.full((num_tokens,), logprob_temperature(tree)),
-        policy_version=_tensor(
-            np.repeat([segment.policy_version for segment in segments], counts), torch.int64
-        ),
-        leaf_token=_tensor(layout.last[leaves], torch.int64),
-        leaf_advantage=_tensor(advantages.leaf_advantage[kept], torch.float32),
-        leaf_weight=_tensor(advantages.leaf_weight[kept], torch.float32),
-        leaf_num_tokens=_tensor(leaf_num_tokens(tree)[kept], torch.int64),
-        leaf_reward=_tensor(group.rewards[kept], torch.float32),
-    )
+        rows = rows[advantages.leaf_weight > 0]
+    return _lay_out(group, advantages, rows)
 
 
 def to_flat_token_trees(
@@ -106,44 +71,52 @@ def to_flat_token_trees(
     Only for estimators that give a leaf one advantage for all of its tokens: it reads
     ``leaf_advantage`` and ``leaf_weight``.
     """
-    tree = group.tree
-    lengths = leaf_num_tokens(tree)
+    sampled = np.array([segment.sampled for segment in group.tree.segments], dtype=np.float64)
     sequences = []
-    for row, leaf in enumerate(tree.leaves):
-        weight, advantage = advantages.leaf_weight[row], advantages.leaf_advantage[row]
+    for row, weight in enumerate(advantages.leaf_weight):
         if drop_untrained and weight == 0:
             continue
-        segments = [tree.segments[i] for i in tree.path(leaf)]
-        counts = [segment.num_tokens for segment in segments]
-        trained = np.repeat([float(segment.sampled) for segment in segments], counts)
-        n = len(trained)
-        weighted = weight * advantage
-        sequences.append(
-            TokenTree(
-                token_ids=_tensor(_concatenate(segments, "token_ids"), torch.int64),
-                position_ids=torch.arange(n),
-                visible_until=torch.full((n,), n),
-                predictor=torch.arange(-1, n - 1),
-                advantage_pos=_tensor(trained * max(weighted, 0.0), torch.float32),
-                advantage_neg=_tensor(trained * min(weighted, 0.0), torch.float32),
-                weight=_tensor(trained * weight, torch.float32),
-                behaviour_logprobs=_tensor(_concatenate(segments, "logprobs"), torch.float32),
-                sampling_logprobs=_tensor(
-                    _concatenate(segments, "sampling_logprobs"), torch.float32
-                ),
-                temperature=torch.full((n,), logprob_temperature(tree)),
-                policy_version=_tensor(
-                    np.repeat([segment.policy_version for segment in segments], counts),
-                    torch.int64,
-                ),
-                leaf_token=torch.tensor([n - 1]),
-                leaf_advantage=_tensor(advantage[None], torch.float32),
-                leaf_weight=_tensor(weight[None], torch.float32),
-                leaf_num_tokens=_tensor(lengths[row, None], torch.int64),
-                leaf_reward=_tensor(group.rewards[row, None], torch.float32),
-            )
+        weighted = weight * advantages.leaf_advantage[row]
+        of_leaf = replace(
+            advantages,
+            advantage_pos=sampled * max(weighted, 0.0),
+            advantage_neg=sampled * min(weighted, 0.0),
+            weight=sampled * weight,
         )
+        sequences.append(_lay_out(group, of_leaf, np.array([row])))
     return sequences
+
+
+def _lay_out(group: Group, advantages: TreeAdvantages, rows: np.ndarray) -> TokenTree:
+    """The part of the tree that the leaves ``rows`` (positions in ``tree.leaves``) use."""
+    tree = group.tree
+    leaves = np.array(tree.leaves, dtype=np.int64)[rows]
+    layout = _preorder(tree, leaves.tolist())
+    segments = [tree.segments[i] for i in layout.order]
+    counts = np.array([segment.num_tokens for segment in segments])
+    owner = np.repeat(layout.order, counts)  # [n], the arena index of each token's segment
+    index = np.arange(len(owner))
+    start = layout.start[owner]
+    return TokenTree(
+        token_ids=_tensor(_concatenate(segments, "token_ids"), np.int64),
+        position_ids=_tensor(index - start + layout.depth[owner], np.int64),
+        visible_until=_tensor(layout.end[owner], np.int64),
+        predictor=_tensor(np.where(index == start, layout.above[owner], index - 1), np.int64),
+        advantage_pos=_tensor(advantages.advantage_pos[owner], np.float32),
+        advantage_neg=_tensor(advantages.advantage_neg[owner], np.float32),
+        weight=_tensor(advantages.weight[owner], np.float32),
+        behaviour_logprobs=_tensor(_concatenate(segments, "logprobs"), np.float32),
+        sampling_logprobs=_tensor(_concatenate(segments, "sampling_logprobs"), np.float32),
+        temperature=torch.full((len(owner),), logprob_temperature(tree)),
+        policy_version=_tensor(
+            np.repeat([segment.policy_version for segment in segments], counts), np.int64
+        ),
+        leaf_token=_tensor(layout.last[leaves], np.int64),
+        leaf_advantage=_tensor(advantages.leaf_advantage[rows], np.float32),
+        leaf_weight=_tensor(advantages.leaf_weight[rows], np.float32),
+        leaf_num_tokens=_tensor(leaf_num_tokens(tree)[rows], np.int64),
+        leaf_reward=_tensor(group.rewards[rows], np.float32),
+    )
 
 
 def logprob_temperature(tree: Tree) -> float:
@@ -164,29 +137,36 @@ def _preorder(tree: Tree, leaves: Sequence[int]) -> _Layout:
             parent = tree.segments[index].parent
             wanted[parent] = True
             children[parent].append(index)
-    start, end, depth, last, above = (np.zeros(size, dtype=np.int64) for _ in range(5))
+    counts = [segment.num_tokens for segment in tree.segments]
+    start, end, depth, last, above = ([0] * size for _ in range(5))
     order: list[int] = []
     position, stack = 0, [0]
     while stack:
         index = stack.pop()
-        segment = tree.segments[index]
-        parent = segment.parent
+        parent = tree.segments[index].parent
         order.append(index)
         start[index] = position
         above[index] = last[parent] if parent >= 0 else -1
-        depth[index] = depth[parent] + tree.segments[parent].num_tokens if parent >= 0 else 0
-        position += segment.num_tokens
-        last[index] = position - 1 if segment.num_tokens else above[index]
+        depth[index] = depth[parent] + counts[parent] if parent >= 0 else 0
+        position += counts[index]
+        last[index] = position - 1 if counts[index] else above[index]
         stack += children[index]
     for index in reversed(order):  # a subtree ends where its last child's does
-        own_end = start[index] + tree.segments[index].num_tokens
+        own_end = start[index] + counts[index]
         end[index] = end[children[index][0]] if children[index] else own_end
-    return _Layout(order=order, start=start, end=end, depth=depth, last=last, above=above)
+    return _Layout(
+        order=order,
+        start=np.array(start),
+        end=np.array(end),
+        depth=np.array(depth),
+        last=np.array(last),
+        above=np.array(above),
+    )
 
 
 def _concatenate(segments: Sequence[Segment], name: str) -> np.ndarray:
     return np.concatenate([getattr(segment, name) for segment in segments])
 
 
-def _tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.as_tensor(values).to(dtype)
+def _tensor(values: np.ndarray, dtype: type[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=dtype))
