@@ -216,7 +216,8 @@ def show_summary(
         lines.append(f"Model        {export}  (loads with transformers' from_pretrained)")
     lines += [
         f"Look deeper  python -m treepo.report run={run}",
-        f"Try again    python -m treepo.evaluate checkpoint={export or run}",
+        f"Try again    python -m treepo.evaluate checkpoint={export or run} "
+        f"+experiment={run.parent.name}",
     ]
     for text in lines:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -117,7 +117,7 @@ def test_the_summary_shows_before_after_and_where_to_go_on() -> None:
     assert "0.440" in greedy and "0.910" in greedy and "+0.470" in greedy
     assert "4:00" in text
     assert "python -m treepo.report run=outputs/adding/1" in text
-    assert "python -m treepo.evaluate checkpoint=outputs/adding/1/export" in text
+    assert "python -m treepo.evaluate checkpoint=outputs/adding/1/export +experiment=adding" in text
 
 
 def test_quieted_libraries_speak_of_errors_only() -> None:
