@@ -25,7 +25,13 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 _NUMBER = re.compile(r"([+-]?)\s*\$?\s*([+-]?)(\d[\d,]*|)(\.\d+|\.|)")
 _GROUPS = re.compile(r"\d{1,3}(,\d{3})+|\d+|")
+# "18 dollars": a number and its unit, unless the words mean something to mathematicians
+_WITH_UNIT = re.compile(r"([^a-zA-Z]+)\s((?:[a-zA-Z]{2,}[ .]*)+)")
+_NO_UNITS = frozenset({"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "infinity", "inf"})
 _LONGEST_NUMBER = 300  # digits; beyond it an answer is text
+# The parser's time grows faster than the text: 200,000 characters of nonsense took 260 s.
+_LONGEST_ANSWER = 2000  # characters; beyond it there is no answer
+_LONGEST_SEARCH = 5000  # characters at the end of a response in which an unmarked answer is sought
 
 
 def make(extraction: str = "auto") -> Part:
@@ -46,7 +52,11 @@ def make(extraction: str = "auto") -> Part:
         found = extract_answer(item.solution_str, extraction)
         if found is None and extraction != "auto":
             return PartResult(value=0.0, outcome=UNPARSABLE)
-        parsed = _parse_text(item.solution_str) if found is None else parse_answer(found)
+        parsed = (
+            _parse_text(item.solution_str[-_LONGEST_SEARCH:])
+            if found is None
+            else parse_answer(found)
+        )
         if not parsed:
             return PartResult(value=0.0, outcome=UNPARSABLE)
         right = any(_equal(gold, parsed) for gold in golds)
@@ -75,7 +85,9 @@ def parse_answer(answer: str) -> list[Any]:
     """What an extracted answer means: a list as math-verify makes it (an expression and the text
     it was read from), ``[Fraction]`` for a plain number, empty where it means nothing.
     """
-    number = plain_number(answer)
+    if len(answer) > _LONGEST_ANSWER:
+        return []
+    number = plain_number(_without_unit(answer))
     if number is not None:
         return [number]
     if answer.endswith("%"):  # inside \boxed{} math-verify does not read percentages
@@ -83,6 +95,13 @@ def parse_answer(answer: str) -> list[Any]:
         if plain is not None:
             return _parse_text(f"{sympy_number(plain)}%")
     return _parse_text("\\boxed{" + answer.strip("$ ") + "}") or _parse_text(answer)
+
+
+def _without_unit(answer: str) -> str:
+    match = _WITH_UNIT.fullmatch(answer) if len(answer) <= _LONGEST_NUMBER else None
+    if match is None or _NO_UNITS & set(re.findall("[a-z]+", match.group(2).lower())):
+        return answer
+    return match.group(1)
 
 
 def plain_number(text: str) -> Fraction | None:

@@ -46,8 +46,11 @@ def make(extraction: str = "auto", binary: bool = False) -> Part:
                 f"an item of {item.data_source!r} has no extra_info[{KEY!r}] = "
                 "{task, config, index, entry}: make its data with data.source=reasoning_gym"
             )
-        dataset = _cached_dataset(row["task"], json.dumps(row.get("config", {}), sort_keys=True))
-        entry = row["entry"] if row.get("entry") is not None else dataset[row["index"]]
+        config = json.dumps(row.get("config", {}), sort_keys=True)
+        dataset = _cached_dataset(row["task"], config)
+        entry = row.get("entry")
+        if entry is None:
+            entry = _cached_entry(row["task"], config, row["index"])
         answer = extract_answer(item.solution_str, extraction)
         value = float(dataset.score_answer(answer, entry))
         if binary:
@@ -121,6 +124,11 @@ def _identical(left: Any, right: Any) -> bool:
 @functools.lru_cache(maxsize=64)
 def _cached_dataset(task: str, config_json: str) -> Any:
     return make_dataset(task, {"seed": 0, "size": 1, **json.loads(config_json)})
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_entry(task: str, config_json: str, index: int) -> Any:
+    return _cached_dataset(task, config_json)[index]
 
 
 class _BoundedChainSum(ChainSumDataset):

@@ -55,6 +55,13 @@ REWARDS: Registry[Callable[..., Part]] = Registry(
 SHAPING = frozenset({"format", "length"})  # parts that say nothing about the answer
 
 
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` listing the known parts if ``name`` is neither one of them nor user code
+    by path. Imports no part.
+    """
+    REWARDS.check(name)
+
+
 def check_parts(settings: RewardSettings) -> None:
     """Look the configured parts up by name, importing nothing.
 
@@ -64,7 +71,7 @@ def check_parts(settings: RewardSettings) -> None:
     verdicts = 0
     for label, part in settings.parts.items():
         name = part.name or label
-        REWARDS.check(name)
+        check_name(name)
         verdicts += name not in SHAPING if part.verdict is None else part.verdict
     if not verdicts:
         raise ValueError(
