@@ -1,0 +1,150 @@
+"""How attention over the tree reaches a transformers model.
+
+The back end is registered once under the name ``tree``; the model's layers call it with the context
+of the current forward as keyword ``tree``. The context stores the new keys and values in the pool
+and answers each query row from its path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rollout.kv_pool import KVPool
+from rollout.radix_tree import TreeNode
+
+NAME = "tree"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Tokens ``start .. stop - 1`` of ``node`` as consecutive query rows of a forward.
+
+    Attributes:
+        token_ids: int32 [stop - start].
+        writes: False when the pool holds their keys and values already and only the logits are
+            wanted.
+    """
+
+    node: TreeNode
+    start: int
+    stop: int
+    token_ids: np.ndarray
+    writes: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerVariant:
+    """What a layer adds to plain attention.
+
+    Attributes:
+        scaling: factor of the scores.
+        window: a query at position p sees positions > p - window; None sees all.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: [H], logits of one more, valueless key a head.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+class Plan(Protocol):
+    """Which keys each query row sees, prepared once a forward and used by all its layers."""
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: LayerVariant
+    ) -> torch.Tensor:
+        """Attention of ``query [N, H, Dk]`` over the pool's ``keys [slots, Hkv, Dk]`` and
+        ``values [slots, Hkv, Dv]``; returns [N, H, Dv].
+        """
+        ...
+
+
+class AttentionContext:
+    """One forward: which slots its rows write and which plan answers them.
+
+    Args:
+        write_slots: int64 [padded rows]; rows that keep nothing write to the trash slot.
+        num_rows: rows that are no padding; they come first.
+    """
+
+    def __init__(self, pool: KVPool, plan: Plan, write_slots: torch.Tensor, num_rows: int) -> None:
+        self.pool = pool
+        self.plan = plan
+        self.write_slots = write_slots
+        self.num_rows = num_rows
+        self.calls = 0
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        variant: LayerVariant,
+    ) -> torch.Tensor:
+        """``query [1, H, T, Dk]``, ``key [1, Hkv, T, Dk]``, ``value [1, Hkv, T, Dv]`` to
+        [1, T, H, Dv].
+        """
+        self.calls += 1
+        keys, values = self.pool.write(
+            layer, self.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
+        )
+        rows = query[0].transpose(0, 1)
+        out = self.plan.attend(rows[: self.num_rows], keys, values, variant)
+        if self.num_rows < rows.shape[0]:
+            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, rows.shape[0] - self.num_rows))
+        return out.unsqueeze(0)
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls in each attention layer."""
+    if tree is None:
+        raise ValueError(
+            f"{type(module).__name__} does not hand keyword arguments on to its attention, so the "
+            "tree engine cannot serve this model"
+        )
+    if query.shape[0] != 1 or not hasattr(module, "layer_idx"):
+        raise ValueError(
+            f"{type(module).__name__} calls attention in a form the tree engine does not know "
+            f"(batch {query.shape[0]}, layer_idx {getattr(module, 'layer_idx', None)})"
+        )
+    variant = LayerVariant(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return tree.attend(int(module.layer_idx), query, key, value, variant), None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Masks come from the tree, not from transformers."""
+    return None
+
+
+def register() -> None:
+    """Make ``attn_implementation="tree"`` known to transformers."""
+    AttentionInterface.register(NAME, tree_attention)
+    AttentionMaskInterface.register(NAME, no_mask)

@@ -1,0 +1,355 @@
+"""Per-node attention: the query rows that share a run of keys are rows of one fused product over
+it, and partial results merge by log-sum-exp.
+
+Spans of like shape go into one call. What does not depend on the layer (indices, masks, the merge
+table) is computed once a forward; while the same segments grow token by token it is kept and only
+advanced. Keys are read in place where the spans of a call lie evenly spaced in the pool, gathered
+by slot otherwise.
+
+On a CPU the product is torch's fused kernel, which also returns the log-sum-exp. It refuses Dv !=
+Dk and has no soft cap: these, and other devices, take ``plain_product``. (Other traps: it dies on
+empty keys, so there are no empty spans; a row without a visible key gets log-sum-exp 0, so such
+rows are told apart here; the mask must have the query's dtype.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rollout.attention.base import LayerVariant
+from rollout.attention.merge import MergeTable, merge_partials
+from rollout.attention.spans import Span
+
+_VIEW_BYTES = 1 << 20  # a span of more bytes is worth a call of its own if that saves its copy
+_MAX_MASK = 1 << 23  # elements of one call's mask
+
+
+@dataclass(slots=True, eq=False)
+class SpanBatch:
+    """Spans of one fused call: B of them, padded to R rows and L keys.
+
+    Attributes:
+        rows: int64 [B * R] query rows, or None where they are ``row_start`` and the next B * R.
+        slots: int64 [B, capacity] of the keys, or None where they are read in place: span b starts
+            at slot ``view_start + b * view_step``.
+        lengths: int64 [B], keys of each span.
+        hidden: bool [B, R or 1, L], keys a row must not see; None if all see all.
+        dead: bool [B, R], rows that see no key at all.
+        grows: each step adds one key to every span.
+    """
+
+    size: int
+    num_rows: int
+    length: int
+    rows: torch.Tensor | None
+    row_start: int
+    slots: torch.Tensor | None
+    view_start: int
+    view_step: int
+    lengths: torch.Tensor
+    uniform: bool
+    hidden: torch.Tensor | None = None
+    dead: torch.Tensor | None = None
+    grows: bool = False
+    _masks: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict)
+    _gather: torch.Tensor | None = None
+
+    def advance(self) -> None:
+        """One more key for every span of a growing batch."""
+        self.length += 1
+        self.lengths += 1
+        self._masks.clear()
+        self._gather = None
+        if not self.uniform:
+            self.hidden = _beyond(self.lengths, self.length)
+
+    def queries(self, query: torch.Tensor) -> torch.Tensor:
+        """[N, Hkv, G, D] to [B, Hkv, R * G, D]."""
+        if self.rows is None:
+            chosen = query[self.row_start : self.row_start + self.size * self.num_rows]
+        else:
+            chosen = query.index_select(0, self.rows)
+        kv_heads, groups, width = query.shape[1:]
+        chosen = chosen.view(self.size, self.num_rows, kv_heads, groups, width).transpose(1, 2)
+        return chosen.reshape(self.size, kv_heads, self.num_rows * groups, width)
+
+    def pick(self, pool: torch.Tensor) -> torch.Tensor:
+        """[slots, Hkv, D] to [B, Hkv, L, D], a view where possible."""
+        if self.slots is None:
+            step, head, width = pool.stride()
+            picked = pool.as_strided(
+                (self.size, self.length, *pool.shape[1:]),
+                (self.view_step * step, step, head, width),
+                pool.storage_offset() + self.view_start * step,
+            )
+        else:
+            if self._gather is None:
+                self._gather = self.slots[:, : self.length].reshape(-1)
+            picked = pool.index_select(0, self._gather)
+            picked = picked.view(self.size, self.length, *pool.shape[1:])
+        return picked.transpose(1, 2)
+
+    def mask(self, dtype: torch.dtype, groups: int) -> torch.Tensor | None:
+        """Additive mask [B, 1, R * G or 1, L] or None."""
+        if self.hidden is None:
+            return None
+        if (dtype, groups) not in self._masks:
+            hidden = self.hidden
+            if hidden.shape[1] > 1 and groups > 1:
+                hidden = hidden.repeat_interleave(groups, dim=1)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[dtype, groups] = mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+        return self._masks[dtype, groups]
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: LayerVariant
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial results of all B * R rows: ([B * R, H, Dv], log-sum-exp [B * R, H])."""
+        kv_heads, groups = query.shape[1:3]
+        args = (
+            self.queries(query),
+            self.pick(keys),
+            self.pick(values),
+            self.mask(query.dtype, groups),
+        )
+        if query.device.type == "cpu" and variant.softcap is None and keys.shape == values.shape:
+            out, lse = fused_product(*args, variant.scaling)
+        else:
+            out, lse = plain_product(*args, variant.scaling, variant.softcap)
+        shape = (self.size, kv_heads, self.num_rows, groups)
+        count, heads = self.size * self.num_rows, kv_heads * groups
+        out = out.reshape(*shape, -1).transpose(1, 2).reshape(count, heads, -1)
+        lse = lse.reshape(shape).transpose(1, 2).reshape(count, heads)
+        if self.dead is not None:
+            lse = lse.masked_fill(self.dead.view(-1, 1), float("-inf"))
+        return out, lse
+
+
+def fused_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's fused CPU attention. ``query [B, H, Q, D]``, ``key, value [B, H, L, D]``, ``mask``
+    additive; returns (output [B, H, Q, D], log-sum-exp [B, H, Q])."""
+    if mask is not None:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=mask, scale=scaling
+    )
+
+
+def plain_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain operations, with Dv != Dk and a soft cap, on any device."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    return torch.matmul(weights, value.to(wide)).to(query.dtype), lse
+
+
+class NodePlan:
+    """The plan of one forward, or of many while the same segments grow.
+
+    Args:
+        spans: see ``rollout.attention.spans``.
+        positions: int64 [N], depth of each query row.
+        num_slots: size of the pool; slot ``num_slots`` takes padding.
+        slot_bytes: bytes of one slot in one layer (0 if unknown yet).
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        positions: np.ndarray,
+        *,
+        num_slots: int,
+        slot_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self.spans = list(spans)
+        self.positions = positions
+        self.num_slots = num_slots
+        self.view_length = max(64, _VIEW_BYTES // slot_bytes) if slot_bytes else num_slots
+        self.device = device
+        self._full = self._batch(self.spans, None)
+        self._windowed: dict[int, tuple[list[SpanBatch], MergeTable]] = {}
+        self._max_position = int(positions.max())
+
+    def advance(self) -> None:
+        """Every row moves one token on in its open node."""
+        for span in self.spans:
+            span.length += span.grows
+        for batch in self._full[0]:
+            if batch.grows:
+                batch.advance()
+        self.positions = self.positions + 1
+        self._max_position += 1
+        self._windowed.clear()
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: LayerVariant
+    ) -> torch.Tensor:
+        """See ``rollout.attention.base.Plan``."""
+        batches, table = self._full
+        if variant.window is not None and self._max_position >= variant.window:
+            if variant.window not in self._windowed:
+                trimmed = [self._trim(span, variant.window) for span in self.spans]
+                kept = [span for span in trimmed if span is not None]
+                self._windowed[variant.window] = self._batch(kept, variant.window)
+            batches, table = self._windowed[variant.window]
+        num_rows, heads, width = query.shape
+        kv_heads = keys.shape[1]
+        grouped = query.reshape(num_rows, kv_heads, heads // kv_heads, width)
+        partials = [batch.attend(grouped, keys, values, variant) for batch in batches]
+        outputs, lses = zip(*partials, strict=True)
+        return merge_partials(outputs, lses, table, variant.sinks)
+
+    def _trim(self, span: Span, window: int) -> Span | None:
+        """Without the keys that are out of every row's window."""
+        rows = self.positions[span.row : span.row + span.num_rows]
+        drop = int(rows.min()) - window + 1 - span.start
+        if drop <= 0:
+            return span
+        if drop >= span.length:
+            return None
+        return Span(
+            span.slots[drop : span.length],
+            span.length - drop,
+            span.start + drop,
+            span.row,
+            span.num_rows,
+            span.causal,
+        )
+
+    def _batch(
+        self, spans: Sequence[Span], window: int | None
+    ) -> tuple[list[SpanBatch], MergeTable]:
+        buckets: dict[tuple[int, ...], list[Span]] = {}
+        for i, span in enumerate(spans):
+            rows, length = _round_up(span.num_rows), _round_up(max(16, span.length))
+            alone = span.length >= self.view_length and _is_run(span.slots)
+            masked = span.causal and span.num_rows > 1
+            buckets.setdefault((rows, length, masked, span.grows, i if alone else -1), []).append(
+                span
+            )
+        batches, owners = [], []
+        for (rows, length, *_), members in buckets.items():
+            most = max(1, _MAX_MASK // (rows * length))
+            for lo in range(0, len(members), most):
+                batch, owner = self._make(members[lo : lo + most], window)
+                batches.append(batch)
+                owners.append(owner)
+        table = MergeTable(np.concatenate(owners), len(self.positions), self.device)
+        return batches, table
+
+    def _make(self, spans: list[Span], window: int | None) -> tuple[SpanBatch, np.ndarray]:
+        """One batch, and for each of its B * R partial results the row it belongs to (-1: none)."""
+        size = len(spans)
+        counts = np.array([span.num_rows for span in spans])
+        lengths = np.array([span.length for span in spans])
+        firsts = np.array([span.row for span in spans])
+        num_rows, length = int(counts.max()), int(lengths.max())
+        real = np.arange(num_rows) < counts[:, None]  # [B, R]
+        rows = np.where(real, firsts[:, None] + np.arange(num_rows), firsts[:, None])
+        flat = rows.reshape(-1)
+        in_order = np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat)))
+        view = self._evenly_spaced(spans, length)
+        batch = SpanBatch(
+            size=size,
+            num_rows=num_rows,
+            length=length,
+            rows=None if in_order else self._tensor(flat),
+            row_start=int(flat[0]),
+            slots=None if view else self._tensor(self._slot_table(spans)),
+            view_start=view[0] if view else 0,
+            view_step=view[1] if view else 0,
+            lengths=self._tensor(lengths),
+            uniform=bool((lengths == length).all()),
+            grows=spans[0].grows,
+        )
+        if window is not None or (spans[0].causal and num_rows > 1):
+            hidden = self._hidden(spans, rows, real, lengths, window)
+            batch.hidden = self._tensor(hidden) if hidden.any() else None
+            dead = hidden.all(axis=-1)
+            if dead.any():
+                batch.dead = self._tensor(dead)
+                assert batch.hidden is not None
+                batch.hidden &= ~batch.dead.unsqueeze(-1)  # the kernel wants some key in each row
+        elif not batch.uniform:
+            batch.hidden = _beyond(batch.lengths, length)
+        return batch, np.where(real, rows, -1).reshape(-1)
+
+    def _hidden(
+        self,
+        spans: list[Span],
+        rows: np.ndarray,
+        real: np.ndarray,
+        lengths: np.ndarray,
+        window: int | None,
+    ) -> np.ndarray:
+        """bool [B, R, L]: keys beyond the span, after the row, or out of its window."""
+        starts = np.array([span.start for span in spans])
+        positions = self.positions[rows]  # [B, R]
+        offsets = np.arange(int(lengths.max()))
+        hidden = np.broadcast_to(
+            (offsets >= lengths[:, None])[:, None, :], (*rows.shape, len(offsets))
+        )
+        depths = (starts[:, None] + offsets)[:, None, :]  # [B, 1, L]
+        if spans[0].causal:
+            hidden = hidden | (depths > positions[:, :, None])
+        if window is not None:
+            hidden = hidden | (depths <= positions[:, :, None] - window)
+        return hidden & real[:, :, None]
+
+    def _slot_table(self, spans: list[Span]) -> np.ndarray:
+        capacity = max(len(span.slots) for span in spans)
+        table = np.full((len(spans), capacity), self.num_slots, np.int64)
+        for line, span in zip(table, spans, strict=True):
+            line[: len(span.slots)] = span.slots
+        return table
+
+    def _evenly_spaced(self, spans: list[Span], length: int) -> tuple[int, int] | None:
+        """(first slot, step) where the spans are runs that start evenly spaced in the pool."""
+        starts = np.array([span.slots[0] for span in spans])
+        steps = np.diff(starts)
+        step = int(steps[0]) if len(steps) else 0
+        if step < 0 or (steps != step).any() or not all(_is_run(span.slots) for span in spans):
+            return None
+        reach = max(length, max(len(span.slots) for span in spans))
+        return (int(starts[0]), step) if starts[-1] + reach <= self.num_slots + 1 else None
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _beyond(lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """bool [B, 1, L]: columns past each span's end."""
+    columns = torch.arange(length, device=lengths.device)
+    return (columns >= lengths.unsqueeze(1)).unsqueeze(1)
+
+
+def _round_up(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _is_run(slots: np.ndarray) -> bool:
+    """Whether slots are consecutive."""
+    return int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all())

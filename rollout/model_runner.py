@@ -1,0 +1,119 @@
+"""Runs a transformers causal LM over query rows of the tree."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rollout.attention.base import NAME, AttentionContext, Plan, register
+from rollout.kv_pool import KVPool
+
+# On a CPU a linear layer's result for a row depends on the number of rows unless that is a multiple
+# of 8 (its kernels treat the remainder differently), in fp32 and in fp64.
+ROW_MULTIPLE = 8
+
+
+def load_model(model_path: str | Path, *, dtype: str, device: str) -> PreTrainedModel:
+    """Load a causal LM folder with tree attention.
+
+    Raises:
+        ValueError: no such folder, or no model in it.
+    """
+    register()
+    folder = Path(model_path).expanduser()
+    if not (folder / "config.json").is_file():
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(
+            f"model folder {str(model_path)!r} {problem}: give a Hugging Face model folder "
+            "(config.json and weights)"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch a loaded model to tree attention and to evaluation."""
+    register()
+    model.set_attn_implementation(NAME)
+    return model.eval()
+
+
+class ModelRunner:
+    """A model, the pool its attention reads, and one forward over query rows."""
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool) -> None:
+        self.model = model
+        self.pool = pool
+        self.device = pool.device
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.max_position = _max_position(model)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        write_slots: np.ndarray,
+        plan: Plan,
+        wanted: np.ndarray,
+    ) -> torch.Tensor:
+        """Logits [W, V] at the ``wanted`` rows.
+
+        Args:
+            token_ids, positions, write_slots: [N], N >= 1; see ``AttentionContext``.
+            wanted: int64 [W], row numbers.
+        """
+        num_rows = len(token_ids)
+        padding = -num_rows % ROW_MULTIPLE
+        slots = np.concatenate([write_slots, np.full(padding, self.pool.trash_slot)])
+        context = AttentionContext(self.pool, plan, self._tensor(slots), num_rows)
+        zeros = np.zeros(padding, np.int64)
+        extra: dict[str, torch.Tensor] = {}
+        if self._keeps_logits:
+            rows = np.concatenate([wanted, np.zeros(-len(wanted) % ROW_MULTIPLE, np.int64)])
+            extra["logits_to_keep"] = self._tensor(rows)
+        logits = self.model(
+            input_ids=self._tensor(np.concatenate([token_ids, zeros]))[None],
+            position_ids=self._tensor(np.concatenate([positions, zeros]))[None],
+            use_cache=False,
+            tree=context,
+            **extra,
+        ).logits[0]
+        if not context.calls:
+            raise ValueError(
+                f"{type(self.model).__name__} does not take its attention through transformers' "
+                "attention interface, so the tree engine cannot serve it"
+            )
+        return logits[: len(wanted)] if self._keeps_logits else logits[self._tensor(wanted)]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device)
+
+
+def _max_position(model: PreTrainedModel) -> int | None:
+    """Longest path the model can serve: its position table, or the length up to which a rotary
+    embedding keeps one set of frequencies.
+
+    Dynamic and longrope embeddings choose their frequencies by the longest position in the batch,
+    so keys stored before the threshold would not fit queries after it.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    if not rope:
+        learned = getattr(config, "n_positions", None) or getattr(
+            config, "max_position_embeddings", None
+        )
+        limits += [learned] if learned else []
+    return min(limits) if limits else None

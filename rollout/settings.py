@@ -1,0 +1,40 @@
+"""Settings of the rollout engine (plain dataclasses: they become configuration nodes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ATTENTION_BACK_ENDS = ("auto", "cpu", "reference")
+
+
+@dataclass
+class EngineSettings:
+    """How one rollout engine runs.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    dtype: str = "float32"  # of weights and KV: float32, bfloat16, float16 or float64
+    device: str = "cpu"  # any torch device, e.g. cpu or cuda:0
+    num_kv_slots: int = 65536  # size of the KV pool in tokens
+    max_running_requests: int = 512  # segments decoded at one time
+    attention: str = "auto"  # back end: auto (per node), cpu (per node), reference (dense, slow)
+    share_prefixes: bool = True  # False: every request computes its whole path privately
+    num_threads: int = 1  # torch threads of a rollout worker
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("attention", self.attention, ATTENTION_BACK_ENDS)
+        for field in ("num_kv_slots", "max_running_requests", "num_threads"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"engine setting {field}={value} is out of range: it must be >= 1")
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"engine setting {field}={value!r} is unknown: choose one of {', '.join(allowed)}"
+        )

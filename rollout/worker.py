@@ -1,0 +1,110 @@
+"""The rollout engine as a worker: the class that becomes a Ray actor, a thin shell around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rollout.engine import Engine
+from rollout.metrics import CostLedger
+from rollout.scheduler import generate_all
+from rollout.settings import EngineSettings
+from rollout.strategies.base import STRATEGIES, Prompt
+from rollout.tree import Tree
+from treepo.base.digest import WeightManifest
+
+
+class RolloutWorker:
+    """One engine that samples trees and receives weights.
+
+    It samples from proved weights alone: those of its model folder (version 0) at first, later a set
+    that was loaded and then confirmed by whoever compared its digests. Between the two it refuses
+    work, as after a load that failed.
+
+    Args:
+        rank: number among the rollout workers; only names it in errors.
+    """
+
+    def __init__(self, model_path: str, engine_settings: EngineSettings, rank: int) -> None:
+        torch.set_num_threads(engine_settings.num_threads)
+        self.rank = rank
+        self._engine = Engine(model_path, engine_settings)
+        self._is_proved = True
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        strategy_name: str,
+        strategy_settings: Any,
+        policy_version: int,
+    ) -> tuple[list[Tree], CostLedger]:
+        """One tree a prompt, in the order of ``prompts``, and what they cost.
+
+        Args:
+            strategy_name: in ``STRATEGIES``, or user code.
+            strategy_settings: that strategy's settings dataclass.
+            policy_version: of the weights the caller expects to sample from.
+
+        Raises:
+            ValueError: the engine holds other weights, or a path does not fit.
+        """
+        self._check_version(policy_version)
+        if not self._is_proved:
+            raise ValueError(
+                f"rollout worker {self.rank} refuses work: its weights of version "
+                f"{policy_version} are not confirmed, or loading newer ones failed"
+            )
+        strategy = STRATEGIES.get(strategy_name)(strategy_settings)
+        self._engine.reset_metrics()
+        trees = generate_all(self._engine, strategy, prompts)
+        return trees, self._engine.metrics()
+
+    def load_weights(
+        self,
+        version: int,
+        manifest: WeightManifest,
+        tensors: Mapping[str, torch.Tensor | np.ndarray],
+    ) -> dict[str, int]:
+        """See ``Engine.load_weights``; returns the digests of what is now stored, to be compared.
+        Until ``confirm`` the worker refuses to sample.
+        """
+        self._is_proved = False
+        return self._engine.load_weights(version, manifest, tensors)
+
+    def confirm(self, version: int) -> None:
+        """Put the weights loaded as ``version`` in force: their digests were compared.
+
+        Raises:
+            ValueError: the engine holds another version.
+        """
+        self._check_version(version)
+        self._is_proved = True
+
+    def score_paths(
+        self, paths: Sequence[Sequence[int] | np.ndarray], temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """float32 [n] for each path of n tokens; see ``Engine.score_path``."""
+        return [self._engine.score_path(path, temperature) for path in paths]
+
+    def policy_version(self) -> int:
+        """Version of the weights the engine holds."""
+        return self._engine.policy_version
+
+    def digests(self) -> dict[str, int]:
+        """Digest of each stored tensor by name."""
+        return self._engine.digests()
+
+    def ping(self) -> int:
+        """The worker's rank: it is alive."""
+        return self.rank
+
+    def _check_version(self, policy_version: int) -> None:
+        if policy_version != self._engine.policy_version:
+            raise ValueError(
+                f"rollout worker {self.rank} holds weights of version "
+                f"{self._engine.policy_version}, not {policy_version}: it refuses work until they "
+                "are sent"
+            )

@@ -1,0 +1,113 @@
+"""Tiny random causal LMs of many families, and plain attention as the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import transformers as tf
+
+VOCABULARY = 31
+_SHARED = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+)
+_GROUPED = dict(_SHARED, num_key_value_heads=2)
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**_GROUPED),
+    "qwen2": lambda: tf.Qwen2Config(**_GROUPED),
+    "qwen3": lambda: tf.Qwen3Config(**_GROUPED, head_dim=8),
+    "mistral": lambda: tf.MistralConfig(**_GROUPED, sliding_window=6),
+    "gemma2": lambda: tf.Gemma2Config(
+        **_GROUPED,
+        head_dim=8,
+        sliding_window=6,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+    ),
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **_GROUPED, head_dim=8, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
+    ),
+    "phi3": lambda: tf.Phi3Config(**_GROUPED),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_SHARED),
+    "gpt2": lambda: tf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512
+    ),
+    "opt": lambda: tf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=512,
+    ),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **_SHARED,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    ),
+    "mamba": lambda: tf.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4
+    ),
+    "qwen3_next": lambda: tf.Qwen3NextConfig(
+        **_GROUPED,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A random model whose context matters: weights are larger than a fresh model's."""
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.25)
+            elif "sinks" in name:
+                parameter.normal_(0.0, 1.0)
+    return model.to(dtype).eval()
+
+
+def plain_logprobs(model, token_ids, temperature: float = 1.0, attention: str = "sdpa"):
+    """float64 [n, V]: log-softmax after each token, by a fresh forward of the whole path."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    with torch.inference_mode():
+        ids = torch.tensor(np.asarray(token_ids), dtype=torch.int64)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    model.set_attn_implementation(before)
+    return torch.log_softmax(logits.double() / temperature, dim=-1).numpy()
+
+
+def path_logprobs(model, token_ids, temperature: float = 1.0, attention: str = "sdpa"):
+    """float64 [n]: log-prob of each token given the ones before it; 0 for the first."""
+    table = plain_logprobs(model, token_ids, temperature, attention)
+    ids = np.asarray(token_ids)
+    return np.concatenate([[0.0], table[np.arange(len(ids) - 1), ids[1:]]])
