@@ -25,7 +25,7 @@ SPREAD_TOLERANCE = 1e-9  # rewards that differ by less are the same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Group:
+class ScoredTree:
     """A tree and the verdicts on its leaves, in the order of ``tree.leaves`` (L of them)."""
 
     tree: Tree
@@ -50,21 +50,21 @@ class TreeAdvantages:
     weight: np.ndarray  # float64 [S], sum over leaves below of w; 0 where not sampled
 
 
-Estimator = Callable[[Sequence[Group], AdvantageSettings], list[TreeAdvantages]]
+Estimator = Callable[[Sequence[ScoredTree], AdvantageSettings], list[TreeAdvantages]]
 ADVANTAGES: Registry[Estimator] = Registry("advantage estimator")
 
 
 # --- groups -----------------------------------------------------------------------------------
 
 
-def make_group(tree: Tree, results: Sequence[RewardResult]) -> Group:
+def scored_tree(tree: Tree, results: Sequence[RewardResult]) -> ScoredTree:
     """A tree with the verdicts on its leaves, in the order of ``tree.leaves``."""
     assert len(results) == tree.num_leaves, f"{len(results)} verdicts, {tree.num_leaves} leaves"
     valid = np.array([result.has_verdict for result in results], dtype=bool)
     scores = np.array([result.score for result in results], dtype=np.float64)
     assert np.isfinite(scores[valid]).all(), f"{tree.problem_id}: a verdict has no finite score"
     correct = np.array([result.correct for result in results], dtype=bool)
-    return Group(
+    return ScoredTree(
         tree=tree, rewards=np.where(valid, scores, 0.0), valid=valid, correct=correct & valid
     )
 
@@ -86,8 +86,8 @@ class FilterCounts:
 
 
 def filter_groups(
-    groups: Sequence[Group], metric: str = "score"
-) -> tuple[list[Group], FilterCounts]:
+    groups: Sequence[ScoredTree], metric: str = "score"
+) -> tuple[list[ScoredTree], FilterCounts]:
     """Drop the groups that carry no signal (dynamic sampling of DAPO, arXiv 2503.14476): those
     whose verdicts are all the same by ``metric`` ('score' or 'acc').
     """
@@ -103,7 +103,7 @@ def filter_groups(
     return kept, counts
 
 
-def has_spread(group: Group, metric: str = "score") -> bool:
+def has_spread(group: ScoredTree, metric: str = "score") -> bool:
     """Whether two verdicts of the group differ."""
     values = (group.rewards if metric == "score" else group.correct.astype(float))[group.valid]
     return len(values) > 1 and bool(np.ptp(values) > SPREAD_TOLERANCE)
@@ -144,7 +144,7 @@ def leaf_ancestors(tree: Tree) -> np.ndarray:
     return ancestors
 
 
-def level_advantages(group: Group) -> tuple[np.ndarray, np.ndarray]:
+def level_advantages(group: ScoredTree) -> tuple[np.ndarray, np.ndarray]:
     """Â_ij of every leaf i and level j, from the root (j = 0) down.
 
     Returns:
@@ -165,7 +165,7 @@ def level_advantages(group: Group) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread_over_leaves(
-    group: Group, leaf_advantage: np.ndarray, loss_weighting: str
+    group: ScoredTree, leaf_advantage: np.ndarray, loss_weighting: str
 ) -> TreeAdvantages:
     """The record for an estimator that gives each leaf one advantage for all of its tokens."""
     tree = group.tree
@@ -197,7 +197,7 @@ def std(values: np.ndarray) -> float:
 
 
 def whiten_over_tokens(
-    groups: Sequence[Group], leaf_advantages: Sequence[np.ndarray]
+    groups: Sequence[ScoredTree], leaf_advantages: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Mean 0 and variance 1 (Bessel, plus 1e-8) over all trained tokens of the batch, a shared
     token counted once for each of its leaves: (A - m) / sqrt(v + 1e-8). All tokens of a leaf have
@@ -216,7 +216,7 @@ def whiten_over_tokens(
 
 
 def _normalised(
-    groups: Sequence[Group],
+    groups: Sequence[ScoredTree],
     by_level: Sequence[tuple[np.ndarray, np.ndarray]],
     settings: AdvantageSettings,
     normalisation: str,
@@ -237,7 +237,7 @@ def _normalised(
     ]
 
 
-def estimate(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdvantages]:
+def estimate(groups: Sequence[ScoredTree], settings: AdvantageSettings) -> list[TreeAdvantages]:
     """Advantages of a batch by the estimator that the settings name.
 
     Raises:
@@ -250,7 +250,7 @@ def estimate(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeA
 
 
 @ADVANTAGES.register("treepo")
-def treepo(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdvantages]:
+def treepo(groups: Sequence[ScoredTree], settings: AdvantageSettings) -> list[TreeAdvantages]:
     """TreePO (arXiv 2508.17445, Eq. 5): Â_i = sum over j in J_i of Â_ij / (|J_i| * std).
 
     J_i: the root's level always, and each level below at which leaf i has company (groups of one
@@ -271,7 +271,7 @@ def treepo(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdv
 
 
 @ADVANTAGES.register("grpo")
-def grpo(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdvantages]:
+def grpo(groups: Sequence[ScoredTree], settings: AdvantageSettings) -> list[TreeAdvantages]:
     """GRPO (arXiv 2402.03300): A_i = (R_i - mean(R)) / (std(R) + eps) over the tree's leaves.
 
     ``norm_adv_by_std_in_grpo=False`` leaves the division out (Dr.GRPO); other normalisations than
@@ -282,7 +282,7 @@ def grpo(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdvan
 
 
 @ADVANTAGES.register("rloo")
-def rloo(groups: Sequence[Group], settings: AdvantageSettings) -> list[TreeAdvantages]:
+def rloo(groups: Sequence[ScoredTree], settings: AdvantageSettings) -> list[TreeAdvantages]:
     """Leave-one-out baseline (arXiv 2402.14740): A_i = R_i - mean(R of the other leaves)
     = n / (n - 1) * (R_i - mean(R)), with the divisions of :func:`grpo` if asked for.
     """

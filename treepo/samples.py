@@ -1,7 +1,7 @@
 """From a scored tree to the trainer's tensors.
 
-:func:`to_token_tree` lays a tree out in depth-first preorder, each token once.
-:func:`to_flat_token_trees` repeats shared tokens once per leaf; both train to the same gradient.
+:func:`token_tree` lays a tree out in depth-first preorder, each token once.
+:func:`flat_token_trees` repeats shared tokens once per leaf; both train to the same gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from rollout.tree import Segment, Tree
 from trainers.batch import TokenTree
-from treepo.advantages import Group, TreeAdvantages, leaf_num_tokens
+from treepo.advantages import ScoredTree, TreeAdvantages, leaf_num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,24 +31,24 @@ class _Layout:
     above: np.ndarray  # int64 [S], index of the token before its first on the path; -1 at the root
 
 
-def to_token_trees(
-    groups: Sequence[Group],
+def token_trees(
+    groups: Sequence[ScoredTree],
     advantages: Sequence[TreeAdvantages],
     *,
     drop_untrained: bool = False,
 ) -> list[TokenTree]:
-    """:func:`to_token_tree` of each group; with ``drop_untrained`` without those in which nothing
+    """:func:`token_tree` of each group; with ``drop_untrained`` without those in which nothing
     trains.
     """
     return [
-        to_token_tree(group, values, drop_untrained=drop_untrained)
+        token_tree(group, values, drop_untrained=drop_untrained)
         for group, values in zip(groups, advantages, strict=True)
         if not drop_untrained or (values.leaf_weight > 0).any()
     ]
 
 
-def to_token_tree(
-    group: Group, advantages: TreeAdvantages, *, drop_untrained: bool = False
+def token_tree(
+    group: ScoredTree, advantages: TreeAdvantages, *, drop_untrained: bool = False
 ) -> TokenTree:
     """One prompt's tree in depth-first preorder, children in arena order.
 
@@ -63,8 +63,8 @@ def to_token_tree(
     return _lay_out(group, advantages, rows)
 
 
-def to_flat_token_trees(
-    group: Group, advantages: TreeAdvantages, *, drop_untrained: bool = False
+def flat_token_trees(
+    group: ScoredTree, advantages: TreeAdvantages, *, drop_untrained: bool = False
 ) -> list[TokenTree]:
     """One sequence per leaf, prompt and shared tokens repeated, as flat training has it.
 
@@ -87,7 +87,7 @@ def to_flat_token_trees(
     return sequences
 
 
-def _lay_out(group: Group, advantages: TreeAdvantages, rows: np.ndarray) -> TokenTree:
+def _lay_out(group: ScoredTree, advantages: TreeAdvantages, rows: np.ndarray) -> TokenTree:
     """The part of the tree that the leaves ``rows`` (positions in ``tree.leaves``) use."""
     tree = group.tree
     leaves = np.array(tree.leaves, dtype=np.int64)[rows]

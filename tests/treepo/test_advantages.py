@@ -10,7 +10,7 @@ from treepo.advantages import (
     estimate,
     filter_groups,
     leaf_num_tokens,
-    make_group,
+    scored_tree,
     std,
     sum_over_leaves_below,
 )
@@ -56,7 +56,7 @@ def verdict(score, outcome=SCORED):
 def group(rewards=REWARDS, parents=PARENTS, lengths=LENGTHS, **kwargs):
     """None among the rewards stands for a verdict that failed."""
     results = [verdict(math.nan, TIMEOUT) if r is None else verdict(r) for r in rewards]
-    return make_group(build(parents, lengths, **kwargs), results)
+    return scored_tree(build(parents, lengths, **kwargs), results)
 
 
 def flat(rewards, lengths=None):
@@ -159,7 +159,7 @@ def test_a_level_of_several_segments_counts_once():
         tree,
         segments=tuple(replace(s, level=n) for s, n in zip(tree.segments, levels, strict=True)),
     )
-    scored = make_group(tree, [verdict(1.0), verdict(0.0), verdict(0.0)])
+    scored = scored_tree(tree, [verdict(1.0), verdict(0.0), verdict(0.0)])
     (advantage,) = leaf_advantages([scored], normalisation="none")
     np.testing.assert_allclose(advantage, [(2 / 3 + 1 / 2) / 2, (-1 / 3 - 1 / 2) / 2, -1 / 3])
 
@@ -211,7 +211,7 @@ def test_a_failed_verdict_stays_out_of_every_baseline(estimator, normalisation):
 
 def test_an_unreadable_answer_is_a_verdict_and_an_error_is_none():
     results = [verdict(0.0, UNPARSABLE), verdict(math.nan, ERROR), verdict(1.0)]
-    scored = make_group(build([-1, 0, 0, 0]), results)
+    scored = scored_tree(build([-1, 0, 0, 0]), results)
     assert scored.valid.tolist() == [True, False, True]
     assert scored.rewards.tolist() == [0.0, 0.0, 1.0]
     assert scored.correct.tolist() == [False, False, True]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rollout.tree import Segment, Tree
-from treepo.advantages import Group, estimate
+from treepo.advantages import ScoredTree, estimate
 from treepo.algorithm_settings import AdvantageSettings
-from treepo.samples import to_flat_token_trees, to_token_tree, to_token_trees
+from treepo.samples import flat_token_trees, token_tree, token_trees
 
 PER_TOKEN = (
     "token_ids", "position_ids", "visible_until", "predictor", "advantage_pos", "advantage_neg",
@@ -37,7 +37,7 @@ def make(segments, rewards, *, temperature=1.0, valid=None):
     rewards = np.array(rewards, dtype=np.float64)
     valid = np.ones(len(rewards), bool) if valid is None else np.array(valid)
     tree = Tree(problem_id="p", segments=tuple(segments), leaves=leaves, temperature=temperature)
-    return Group(tree=tree, rewards=rewards, valid=valid, correct=rewards > 0)
+    return ScoredTree(tree=tree, rewards=rewards, valid=valid, correct=rewards > 0)
 
 
 def advantages_of(*groups, **settings):
@@ -94,7 +94,7 @@ def example():
 def test_a_tree_by_hand():
     group = example()
     (advantages,) = advantages_of(group, adv_estimator="grpo", normalisation="none")
-    tokens = to_token_tree(group, advantages)
+    tokens = token_tree(group, advantages)
     assert tokens.token_ids.tolist() == [5, 6, 1, 2, 3, 4, 4, 9]
     assert tokens.position_ids.tolist() == [0, 1, 2, 3, 4, 4, 5, 2]
     assert tokens.visible_until.tolist() == [8, 8, 7, 7, 5, 7, 7, 8]
@@ -120,7 +120,7 @@ def test_a_tree_by_hand():
 
 def test_the_records_types_are_the_trainers():
     group = example()
-    tokens = to_token_tree(group, *advantages_of(group))
+    tokens = token_tree(group, *advantages_of(group))
     whole = {"token_ids", "position_ids", "visible_until", "predictor", "policy_version"}
     whole |= {"leaf_token", "leaf_num_tokens"}
     for field in fields(tokens):
@@ -132,7 +132,7 @@ def test_the_records_types_are_the_trainers():
 def test_depth_first_invariants_hold_on_random_trees(seed):
     group = random_group(np.random.default_rng(seed))
     tree = group.tree
-    tokens = to_token_tree(group, *advantages_of(group))
+    tokens = token_tree(group, *advantages_of(group))
     n = tokens.num_tokens
     assert n == sum(s.num_tokens for s in tree.segments), "a shared token stands once"
     until = tokens.visible_until.tolist()
@@ -156,8 +156,8 @@ def test_depth_first_invariants_hold_on_random_trees(seed):
 def test_a_shared_token_carries_the_sum_of_its_flat_copies(seed, weighting):
     group = random_group(np.random.default_rng(100 + seed))
     (advantages,) = advantages_of(group, loss_weighting=weighting)
-    tokens = to_token_tree(group, advantages)
-    flat = to_flat_token_trees(group, advantages)
+    tokens = token_tree(group, advantages)
+    flat = flat_token_trees(group, advantages)
     sums = {
         name: torch.zeros(tokens.num_tokens)
         for name in ("advantage_pos", "advantage_neg", "weight")
@@ -188,7 +188,7 @@ def test_prompt_and_forced_tokens_carry_exactly_nothing():
     ]
     group = make(segments, [1.0, 0.0])
     (advantages,) = advantages_of(group)
-    for tokens in (to_token_tree(group, advantages), *to_flat_token_trees(group, advantages)):
+    for tokens in (token_tree(group, advantages), *flat_token_trees(group, advantages)):
         untrained = torch.isin(tokens.token_ids, torch.tensor([5, 6, 1, 2]))
         for name in ("advantage_pos", "advantage_neg", "weight", "behaviour_logprobs"):
             assert (getattr(tokens, name)[untrained] == 0).all()
@@ -205,7 +205,7 @@ def test_a_zero_token_leaf_ends_at_the_last_token_of_its_path():
     ]
     group = make(segments, [1.0, 0.0, 1.0])
     (advantages,) = advantages_of(group)
-    tokens = to_token_tree(group, advantages)
+    tokens = token_tree(group, advantages)
     assert tokens.token_ids.tolist() == [5, 6, 1, 2, 3]
     assert tokens.leaf_token.tolist() == [3, 4, 1]
     assert tokens.leaf_num_tokens.tolist() == [2, 3, 0]
@@ -220,7 +220,7 @@ def test_equal_forks_stay_two_nodes():
         segment(0, 1, [1, 2]),
     ]
     group = make(segments, [1.0, 0.0])
-    tokens = to_token_tree(group, *advantages_of(group))
+    tokens = token_tree(group, *advantages_of(group))
     assert tokens.token_ids.tolist() == [5, 1, 2, 1, 2]
     assert tokens.predictor.tolist() == [-1, 0, 1, 0, 3]
 
@@ -229,8 +229,8 @@ def test_a_tree_with_one_leaf_is_a_plain_sequence():
     segments = [segment(-1, 0, [5, 6], sampled=False), segment(0, 1, [1]), segment(1, 2, [2, 3])]
     group = make(segments, [1.0])
     (advantages,) = advantages_of(group)
-    tokens = to_token_tree(group, advantages)
-    (flat,) = to_flat_token_trees(group, advantages)
+    tokens = token_tree(group, advantages)
+    (flat,) = flat_token_trees(group, advantages)
     for field in fields(tokens):
         assert torch.equal(getattr(tokens, field.name), getattr(flat, field.name)), field.name
 
@@ -238,15 +238,15 @@ def test_a_tree_with_one_leaf_is_a_plain_sequence():
 def test_greedy_trees_report_the_temperature_of_their_logprobs():
     segments = [segment(-1, 0, [5], sampled=False), segment(0, 1, [1])]
     group = make(segments, [1.0], temperature=0.0)
-    assert to_token_tree(group, *advantages_of(group)).temperature.tolist() == [1.0, 1.0]
+    assert token_tree(group, *advantages_of(group)).temperature.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_dropping_what_does_not_train_changes_nothing_else(seed):
     group = random_group(np.random.default_rng(200 + seed))
     (advantages,) = advantages_of(group)
-    whole = to_token_tree(group, advantages)
-    lean = to_token_tree(group, advantages, drop_untrained=True)
+    whole = token_tree(group, advantages)
+    lean = token_tree(group, advantages, drop_untrained=True)
     trains = advantages.leaf_weight > 0
     used = sorted(
         {i for row in np.flatnonzero(trains) for i in path_indices(whole, whole.leaf_token[row])}
@@ -259,17 +259,17 @@ def test_dropping_what_does_not_train_changes_nothing_else(seed):
         mine = path_indices(lean, int(lean.leaf_token[row]))
         theirs = path_indices(whole, int(whole.leaf_token[old]))
         assert torch.equal(lean.token_ids[mine], whole.token_ids[theirs])
-    assert len(to_flat_token_trees(group, advantages, drop_untrained=True)) == trains.sum()
+    assert len(flat_token_trees(group, advantages, drop_untrained=True)) == trains.sum()
 
 
 def test_a_tree_in_which_nothing_trains_is_left_out_when_asked():
     failed = make([segment(-1, 0, [5], sampled=False), segment(0, 1, [1])], [0.0], valid=[False])
     groups = [failed, example()]
     advantages = advantages_of(*groups)
-    assert len(to_token_trees(groups, advantages)) == 2
-    (kept,) = to_token_trees(groups, advantages, drop_untrained=True)
+    assert len(token_trees(groups, advantages)) == 2
+    (kept,) = token_trees(groups, advantages, drop_untrained=True)
     assert kept.num_tokens == 8
-    assert to_token_trees([], []) == []
+    assert token_trees([], []) == []
 
 
 def test_a_batch_of_24_trees_of_16_leaves_converts_in_milliseconds():
@@ -285,7 +285,7 @@ def test_a_batch_of_24_trees_of_16_leaves_converts_in_milliseconds():
             frontier = list(range(first, len(segments)))
         groups.append(make(segments, rng.integers(0, 2, 16).astype(float)))
     advantages = advantages_of(*groups)
-    best = min(_seconds(lambda: to_token_trees(groups, advantages)) for _ in range(5))
+    best = min(_seconds(lambda: token_trees(groups, advantages)) for _ in range(5))
     assert best < 0.05
 
 
