@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed  # noqa: E402  (its log level is read on import)
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
@@ -32,8 +33,10 @@ from trainers.logprobs import LogprobHead  # noqa: E402
 from trainers.losses import POLICY_LOSSES, TrainedTokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
 from trainers.model import PolicyModel, load_policy  # noqa: E402
+from trainers.packing import pack_row, path_tree  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
 from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
+from trainers.weight_sync import Publication, prepare  # noqa: E402
 from treepo.base.digest import (  # noqa: E402
     WeightManifest,
     combine_digests,
@@ -137,6 +140,19 @@ class Learner:
             full[index] = logprobs.float()
             results.append(full.cpu())
         return results
+
+    def score_paths(self, paths: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probabilities float32 [n - 1] of the tokens after the first of each token sequence
+        (int [n]), at temperature 1; the same on every rank.
+        """
+        row = pack_row([path_tree(torch.from_numpy(np.asarray(p, np.int64))) for p in paths])
+        (logprobs,) = self.logprobs([row])
+        parts = logprobs.split([*map(len, paths), row.num_tokens - sum(map(len, paths))])
+        return [part.numpy()[1:] for part in parts[:-1]]
+
+    def publication(self, dtype: str) -> Publication:
+        """The weights as engines of ``dtype`` must hold them."""
+        return prepare(self.state_tensors()[0], dtype)
 
     def state_tensors(self) -> tuple[dict[str, torch.Tensor], WeightManifest]:
         """All weights and persistent buffers as the engine stores them, by the names of the model's

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from trainers.batch import PackedBatch
-from trainers.settings import PolicyLossSettings
-from treepo.base.registry import Registry
+from trainers.settings import POLICY_LOSSES, PolicyLossSettings
+
+__all__ = ["POLICY_LOSSES", "PolicyLoss", "TokenLosses", "TrainedTokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,10 +48,8 @@ class TokenLosses:
 
 
 PolicyLoss = Callable[[TrainedTokens, PolicyLossSettings], TokenLosses]
-POLICY_LOSSES: Registry[PolicyLoss] = Registry("policy loss")
 
 
-@POLICY_LOSSES.register("ppo_clip")
 def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
     """Clipped policy gradient with separate bounds (DAPO, arXiv 2503.14476) and dual clip (Ye et
     al., arXiv 1912.09729).
@@ -79,7 +78,6 @@ def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses
     return TokenLosses(loss=loss, metrics=metrics)
 
 
-@POLICY_LOSSES.register("reinforce")
 def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
     """Plain policy gradient, ``-logprob * A`` (Williams 1992): no ratio, no clipping; unbiased on
     tokens that the current weights sampled.
@@ -89,7 +87,6 @@ def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosse
     return TokenLosses(loss=loss, metrics=_ratio_metrics(log_ratio, log_ratio.exp()))
 
 
-@POLICY_LOSSES.register("nll")
 def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
     """Negative log-likelihood ``-logprob * weight``: supervised training."""
     return TokenLosses(loss=-tokens.logprobs * tokens.weight, metrics={})

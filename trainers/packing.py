@@ -77,6 +77,31 @@ def pack_row(trees: Sequence[TokenTree], denominator: float | None = None) -> Pa
     return _row(trees, total_weight(trees) if denominator is None else denominator)
 
 
+def path_tree(token_ids: torch.Tensor) -> TokenTree:
+    """A plain sequence (int64 [n]) as the tree with one leaf; nothing in it is trained."""
+    count = token_ids.shape[0]
+    index = torch.arange(count)
+    zeros = torch.zeros(count)
+    return TokenTree(
+        token_ids=token_ids,
+        position_ids=index,
+        visible_until=torch.full((count,), count),
+        predictor=index - 1,
+        advantage_pos=zeros,
+        advantage_neg=zeros,
+        weight=zeros,
+        behaviour_logprobs=zeros,
+        sampling_logprobs=zeros,
+        temperature=torch.ones(count),
+        policy_version=torch.zeros(count, dtype=torch.int64),
+        leaf_token=torch.tensor([count - 1]),
+        leaf_advantage=torch.zeros(1),
+        leaf_weight=torch.zeros(1),
+        leaf_num_tokens=torch.zeros(1, dtype=torch.int64),
+        leaf_reward=torch.zeros(1),
+    )
+
+
 def _balance(sizes: Sequence[int], limit: int, num_ranks: int) -> list[list[int]]:
     """Tree indices of each row, heaviest row first: longest-first into the lightest row, with the
     smallest number of rows a rank that this fits.

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from treepo.base.registry import Registry
+
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+
+# Names are known here, without torch; the functions are imported when one is used.
+POLICY_LOSSES: Registry[Any] = Registry(
+    "policy loss",
+    {name: f"trainers.losses:{name}" for name in ("ppo_clip", "reinforce", "nll")},
+)
 
 
 @dataclass

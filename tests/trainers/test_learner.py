@@ -1,0 +1,215 @@
+"""A single rank of the learner: exact gradients, schedule, skipped updates, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from token_trees import random_tree, save_tiny_model, token_tree
+
+from trainers.learner import Learner
+from trainers.packing import pack
+from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
+
+
+def sgd(lr=1.0, **changes):
+    return OptimizerSettings(name="sgd", lr=lr, weight_decay=0.0, grad_clip=0.0, **changes)
+
+
+def trees_of(count, seed=0):
+    rng = random.Random(seed)
+    return [token_tree(random_tree(rng)) for _ in range(count)]
+
+
+def rows_of(trees, max_tokens=10_000):
+    return pack(trees, max_tokens, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", tie_word_embeddings=True)
+
+
+def state_of(learner):
+    return {name: tensor.clone() for name, tensor in learner.state_tensors()[0].items()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_sgd_moves_weights_by_the_gradient_of_the_sum_over_the_denominator(model_path, zero_stage):
+    trees = trees_of(5)
+    learner = Learner(model_path, LearnerSettings(zero_stage=zero_stage, optimizer=sgd()))
+    reference = Learner(model_path, LearnerSettings(optimizer=sgd()))
+    before = state_of(learner)
+    rows = rows_of(trees, 200)
+    assert len(rows) >= 3
+    metrics = learner.update([rows])
+    for row in rows_of(trees):
+        index = torch.nonzero(row.weight > 0).squeeze(1)
+        logprobs, _ = reference.policy(row, index)
+        ratio = (logprobs - row.behaviour_logprobs[index]).exp()
+        loss = -(
+            ratio.clamp(max=1.28) * row.advantage_pos[index]
+            + ratio.clamp(0.8, 10.0) * row.advantage_neg[index]
+        )
+        (loss.sum() / sum(float(t.weight.sum()) for t in trees)).backward()
+    after = state_of(learner)
+    total = 0.0
+    for name, parameter in reference.policy.model.named_parameters():
+        step = before[name] - after[name]
+        torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+        total += float(parameter.grad.square().sum())
+    assert metrics["actor/grad_norm"] == pytest.approx(math.sqrt(total), rel=1e-4)
+
+
+def test_the_number_of_rows_may_differ_from_update_to_update(model_path):
+    trees = trees_of(6, seed=3)
+    batches = [trees[:1], trees[1:5], trees[5:]]
+    split = Learner(model_path, LearnerSettings(optimizer=sgd(0.1)))
+    whole = Learner(model_path, LearnerSettings(optimizer=sgd(0.1)))
+    rows = [rows_of(batch, 180) for batch in batches]
+    assert len({len(row) for row in rows}) > 1
+    metrics = split.update(rows)
+    expected = whole.update([rows_of(batch) for batch in batches])
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in state_of(split).items():
+        torch.testing.assert_close(tensor, state_of(whole)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_logprobs_are_those_of_plain_transformers_and_show_no_mismatch(model_path):
+    trees = trees_of(2)
+    learner = Learner(model_path, LearnerSettings(optimizer=sgd(0.0)))
+    row = rows_of(trees)[0]
+    (logprobs,) = learner.logprobs([row])
+    recorded = dataclasses.replace(row, behaviour_logprobs=logprobs)
+    metrics = learner.update([[recorded]])
+    assert metrics["training/rollout_probs_diff_max"] < 1e-6
+    assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=1e-6)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path)
+    path = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
+    logits = model(torch.from_numpy(path)[None].long()).logits[0, :-1]
+    expected = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(path)[1:, None].long())
+    for score in learner.score_paths([path, path])[:2]:
+        np.testing.assert_allclose(score, expected[:, 0].detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_skips_the_update_and_says_so(model_path, zero_stage):
+    learner = Learner(
+        model_path, LearnerSettings(zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2))
+    )
+    before = learner.digest()
+    rows = rows_of(trees_of(2))
+    bad = dataclasses.replace(rows[0], advantage_pos=rows[0].advantage_pos * math.inf)
+    metrics = learner.update([[bad]])
+    assert (metrics["actor/skipped_updates"], metrics["actor/num_updates"]) == (1, 0)
+    assert learner.digest() == before and learner.num_optimizer_steps == 0
+    metrics = learner.update([rows])
+    assert (metrics["actor/skipped_updates"], metrics["actor/num_updates"]) == (0, 1)
+    assert learner.digest() != before and math.isfinite(metrics["actor/grad_norm"])
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loaded_checkpoint_gives_the_identical_next_update(model_path, tmp_path, zero_stage):
+    settings = LearnerSettings(
+        zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2, lr_warmup_steps=5)
+    )
+    trees = trees_of(4)
+    learner = Learner(model_path, settings)
+    learner.update([rows_of(trees[:2]), rows_of(trees[2:])])
+    learner.save(tmp_path)
+    saved = learner.digest()
+    metrics = learner.update([rows_of(trees)])
+    final = learner.digest()
+
+    resumed = Learner(model_path, settings)
+    assert resumed.digest() != saved
+    resumed.load(tmp_path)
+    assert resumed.digest() == saved and resumed.num_optimizer_steps == 2
+    assert resumed.update([rows_of(trees)]) == metrics
+    assert resumed.digest() == final
+
+
+def test_a_checkpoint_of_another_kind_is_refused_with_the_reason(model_path, tmp_path):
+    learner = Learner(model_path, LearnerSettings())
+    with pytest.raises(ValueError, match="not a learner checkpoint"):
+        learner.load(tmp_path)
+    learner.save(tmp_path)
+    other = Learner(model_path, LearnerSettings(zero_stage=2))
+    with pytest.raises(ValueError, match="written with zero_stage=0, this learner has 2"):
+        other.load(tmp_path)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_an_export_is_a_plain_model_with_the_trained_weights(model_path, tmp_path, zero_stage):
+    learner = Learner(
+        model_path, LearnerSettings(zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2))
+    )
+    learner.update([rows_of(trees_of(2))])
+    learner.export_hf(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config._attn_implementation == "sdpa"
+    state, manifest = learner.state_tensors()
+    assert manifest.tied == (("model.embed_tokens.weight", "lm_head.weight"),)
+    assert list(model.state_dict()) == list(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_publication_digests_are_those_of_a_model_that_loaded_the_weights(model_path):
+    learner = Learner(model_path, LearnerSettings(optimizer=OptimizerSettings(lr=1e-2)))
+    learner.update([rows_of(trees_of(1))])
+    sent = learner.publication("float32")
+    assert sent.digest == learner.digest()
+    engine = transformers.AutoModelForCausalLM.from_pretrained(model_path)
+    engine.load_state_dict(sent.tensors)
+    from treepo.base.digest import manifest_of, tensor_digests
+
+    assert tensor_digests(dict(engine.state_dict())) == sent.digests
+    assert manifest_of(dict(engine.state_dict())) == sent.manifest
+
+
+def test_gradient_clipping_bounds_the_step(model_path):
+    clipped = OptimizerSettings(name="sgd", lr=1.0, weight_decay=0.0, grad_clip=0.01)
+    for zero_stage in (0, 2):
+        learner = Learner(model_path, LearnerSettings(zero_stage=zero_stage, optimizer=clipped))
+        before = state_of(learner)
+        metrics = learner.update([rows_of(trees_of(2))])
+        after = state_of(learner)
+        names = [name for name, _ in learner.policy.model.named_parameters()]
+        moved = sum(float((after[n] - before[n]).square().sum()) for n in names) ** 0.5
+        assert moved == pytest.approx(0.01, rel=1e-2) and metrics["actor/grad_norm"] > 0.011
+
+
+def test_an_entropy_bonus_raises_entropy(model_path):
+    trees = trees_of(3)
+    for tree in trees:
+        tree.advantage_pos.zero_()
+        tree.advantage_neg.zero_()
+    learner = Learner(
+        model_path,
+        LearnerSettings(optimizer=sgd(0.5), policy_loss=PolicyLossSettings(entropy_coeff=1.0)),
+    )
+    first = learner.update([rows_of(trees)])["actor/entropy"]
+    assert learner.update([rows_of(trees)])["actor/entropy"] > first + 1e-3
+
+
+def test_bfloat16_keeps_rotary_buffers_and_follows_the_float32_update(model_path):
+    settings = OptimizerSettings(name="sgd", lr=0.5, weight_decay=0.0)
+    learner = Learner(model_path, LearnerSettings(dtype="bfloat16", optimizer=settings))
+    assert {p.dtype for p in learner.policy.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in learner.policy.buffers() if b.is_floating_point()} == {torch.float32}
+    reference = Learner(model_path, LearnerSettings(optimizer=settings))
+    before = state_of(reference)
+    rows = rows_of(trees_of(4), 200)
+    low, full = learner.update([rows]), reference.update([rows])
+    assert low["actor/grad_norm"] == pytest.approx(full["actor/grad_norm"], rel=0.05)
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = (state_of(reference)[name] - before[name]).flatten()
+    low_moved = (state_of(learner)[name].float() - before[name]).flatten()
+    assert torch.nn.functional.cosine_similarity(moved, low_moved, dim=0) > 0.95
