@@ -1,12 +1,12 @@
-"""The rollout engine: positions in a token tree, segments sampled below them, one continuous batch.
+"""The rollout engine: positions in a token tree, segments sampled below them, continuous batching.
 
-A ``Node`` is a handle on a position in the tree. Nothing is computed when a handle is made; the keys
-and values a segment needs are computed in the step that first needs them, once for all that share
-them. A step forwards the missing tokens of newly admitted paths and the last token of every running
-segment together, and draws one token for each running segment.
+A ``Node`` is a handle on a position in the tree. Nothing is computed when a handle is made; the
+keys and values a segment needs are computed in the step that first needs them, once for all that
+share them. A step forwards the missing tokens of newly admitted paths and the last token of every
+running segment together, and draws one token for each running segment.
 
-The position of a drawn token is its depth in tokens, prompt included: with the path key it names the
-draw, so draws don't depend on where segments are cut.
+The position of a drawn token is its depth in tokens, prompt included: with the path key it names
+the draw, so draws don't depend on where segments are cut.
 """
 
 from __future__ import annotations

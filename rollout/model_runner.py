@@ -34,7 +34,8 @@ def load_model(model_path: str | Path, *, dtype: str, device: str) -> PreTrained
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
     )
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -87,8 +88,8 @@ class ModelRunner:
         ).logits[0]
         if not context.calls:
             raise ValueError(
-                f"{type(self.model).__name__} does not take its attention through transformers' "
-                "attention interface, so the tree engine cannot serve it"
+                f"model {type(self.model).__name__} cannot be served by the tree engine: it does "
+                "not take its attention through transformers' attention interface"
             )
         return logits[: len(wanted)] if self._keeps_logits else logits[self._tensor(wanted)]
 

@@ -20,9 +20,9 @@ from treepo.base.digest import WeightManifest
 class RolloutWorker:
     """One engine that samples trees and receives weights.
 
-    It samples from proved weights alone: those of its model folder (version 0) at first, later a set
-    that was loaded and then confirmed by whoever compared its digests. Between the two it refuses
-    work, as after a load that failed.
+    It samples from proved weights alone: those of its model folder (version 0) at first, later a
+    set that was loaded and then confirmed by whoever compared its digests. Between the two it
+    refuses work, as after a load that failed.
 
     Args:
         rank: number among the rollout workers; only names it in errors.

@@ -122,13 +122,15 @@ def tree_attention(
     """The function transformers calls in each attention layer."""
     if tree is None:
         raise ValueError(
-            f"{type(module).__name__} does not hand keyword arguments on to its attention, so the "
-            "tree engine cannot serve this model"
+            f"this model cannot be served by the tree engine: {type(module).__name__} gets no "
+            "keyword arguments of the model's forward"
         )
-    if query.shape[0] != 1 or not hasattr(module, "layer_idx"):
+    layer = getattr(module, "layer_idx", None)
+    if query.shape[0] != 1 or not isinstance(layer, int):
         raise ValueError(
-            f"{type(module).__name__} calls attention in a form the tree engine does not know "
-            f"(batch {query.shape[0]}, layer_idx {getattr(module, 'layer_idx', None)})"
+            "this model cannot be served by the tree engine: "
+            f"{type(module).__name__} calls attention in an unknown form (batch {query.shape[0]}, "
+            f"layer_idx {layer})"
         )
     variant = LayerVariant(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
@@ -136,7 +138,7 @@ def tree_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    return tree.attend(int(module.layer_idx), query, key, value, variant), None
+    return tree.attend(layer, query, key, value, variant), None
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

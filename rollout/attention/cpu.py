@@ -287,8 +287,8 @@ class NodePlan:
         )
         if window is not None or (spans[0].causal and num_rows > 1):
             hidden = self._hidden(spans, rows, real, lengths, window)
-            batch.hidden = self._tensor(hidden) if hidden.any() else None
-            dead = hidden.all(axis=-1)
+            batch.hidden = self._tensor(hidden) if bool(hidden.any()) else None
+            dead = np.asarray(hidden.all(axis=-1))
             if dead.any():
                 batch.dead = self._tensor(dead)
                 assert batch.hidden is not None
@@ -309,7 +309,7 @@ class NodePlan:
         starts = np.array([span.start for span in spans])
         positions = self.positions[rows]  # [B, R]
         offsets = np.arange(int(lengths.max()))
-        hidden = np.broadcast_to(
+        hidden: np.ndarray = np.broadcast_to(
             (offsets >= lengths[:, None])[:, None, :], (*rows.shape, len(offsets))
         )
         depths = (starts[:, None] + offsets)[:, None, :]  # [B, 1, L]

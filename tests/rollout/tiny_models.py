@@ -68,7 +68,7 @@ CONFIGS = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4
     ),
     "qwen3_next": lambda: tf.Qwen3NextConfig(
-        **_GROUPED,
+        **dict(_GROUPED, num_hidden_layers=4),  # the fourth layer is plain attention
         head_dim=8,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
@@ -78,6 +78,13 @@ CONFIGS = {
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
+    ),
+    "llama4": lambda: tf.Llama4TextConfig(
+        **_GROUPED,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=6,
     ),
 }
 
