@@ -1,0 +1,1 @@
+"""The shipped configurations. Installed as the package ``treepo.configs``."""
