@@ -328,7 +328,7 @@ def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=policy,
         optimizer=_make_optimizer(policy, settings.optimizer),
-        config=_engine_config(settings),
+        config=_engine_config(settings, sum(p.numel() for p in policy.parameters())),
         dist_init_required=False,
     )
     for name, buffer in engine.module.named_buffers():
@@ -351,7 +351,7 @@ def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.o
     )
 
 
-def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
+def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, Any]:
     bf16 = settings.dtype == "bfloat16"
     # DeepSpeed accumulates bfloat16 gradients in float32 from stage 1 on. On the same weights the
     # update of stage 1 equals that of stage 0.
@@ -360,7 +360,15 @@ def _engine_config(settings: LearnerSettings) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.optimizer.grad_clip if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            # DeepSpeed allocates whole buckets (2 GB by default), and keeps tensors of less than
+            # 100,000 elements on every rank: a small model would not be sharded at all.
+            "reduce_bucket_size": min(int(5e8), num_parameters),
+            "allgather_bucket_size": min(int(5e8), num_parameters),
+            "stage3_prefetch_bucket_size": min(int(5e7), num_parameters),
+            "stage3_param_persistence_threshold": min(int(1e5), num_parameters // 100),
+        },
         "bf16": {"enabled": bf16},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
         "zero_allow_untested_optimizer": True,

@@ -1,0 +1,67 @@
+"""What each rank of the distributed learner tests runs, in a process of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from token_trees import random_tree, token_tree
+
+from trainers.batch import PackedBatch
+from trainers.learner import Learner
+from trainers.packing import pack_row, total_weight
+from trainers.settings import LearnerSettings, OptimizerSettings
+
+SETTINGS = OptimizerSettings(name="sgd", lr=0.5, weight_decay=0.0, grad_clip=0.0)
+
+
+def dealt_rows(rank: int, world_size: int, accumulation: int) -> list[list[PackedBatch]]:
+    """Two updates' rows of this rank. Loads are unequal: the first row has as many trees as all
+    others together, and with more rows than trees some have none.
+    """
+    rng = random.Random(11)
+    updates = []
+    for count in (4, 5):
+        trees = [token_tree(random_tree(rng, branch=rng.randint(1, 3))) for _ in range(count)]
+        rows: list[list] = [[] for _ in range(world_size * accumulation)]
+        for number, tree in enumerate(trees):
+            rows[0 if number < count // 2 else number % len(rows)].append(tree)
+        denominator = total_weight(trees)
+        updates.append([pack_row(row, denominator) for row in rows[rank::world_size]])
+    return updates
+
+
+def run(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    model_path: str,
+    cases: Sequence[tuple[int, int]],
+    folder: str,
+) -> None:
+    """For each (ZeRO stage, accumulation): two SGD updates, then save the weights and metrics; at
+    last a checkpoint's round trip.
+    """
+    torch.set_num_threads(1)
+    for zero_stage, accumulation in cases:
+        settings = LearnerSettings(zero_stage=zero_stage, optimizer=SETTINGS, init_timeout_s=60)
+        learner = Learner(model_path, settings, rank, world_size, init_method)
+        metrics = learner.update(dealt_rows(rank, world_size, accumulation))
+        tensors, _ = learner.state_tensors()
+        digest = learner.digest()
+        name = f"{folder}/zero{zero_stage}_accumulation{accumulation}"
+        learner.save(name)
+        update = dealt_rows(rank, world_size, 1)[:1]
+        learner.update(update)
+        final = learner.digest()
+        resumed = Learner(model_path, settings, rank, world_size, init_method)
+        resumed.load(name)
+        assert resumed.digest() == digest
+        resumed.update(update)
+        assert resumed.digest() == final
+        learner.export_hf(f"{name}/export")
+        torch.save(
+            {"tensors": tensors, "metrics": metrics, "digest": digest}, f"{name}/rank{rank}.pt"
+        )
+    learner.close()
