@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treepo.data import DataPosition
 
 MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -28,7 +31,7 @@ class RunState:
 
     Attributes:
         policy_version: number of weight sets published so far.
-        data_position: of the problem order (epoch and offset).
+        data_position: of the problem order (see ``treepo.data.DataPosition``).
         digest: of the learner's weights, compared after a resume.
         seconds: of work so far, over all lives of the run.
         before: evaluation before training.
@@ -37,7 +40,7 @@ class RunState:
 
     step: int
     policy_version: int
-    data_position: dict[str, int]
+    data_position: DataPosition | Mapping[str, Any]  # the latter as read back
     digest: str
     seconds: float
     seed: int

@@ -1,0 +1,212 @@
+"""The roof's one file with Ray: starts the workers, talks to all of them, and says who is missing
+when one does not answer.
+
+Rollout workers hold an engine each; learner ranks hold a DeepSpeed engine each. In the synchronous
+colocated pipeline they take turns, so they share processors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from rollout.metrics import CostLedger
+from rollout.settings import EngineSettings
+from rollout.strategies.base import Prompt
+from rollout.tree import Tree
+from rollout.worker import RolloutWorker
+from trainers.batch import PackedBatch
+from trainers.settings import LearnerSettings
+from trainers.worker import LearnerWorker
+from treepo.base.digest import WeightManifest
+from treepo.config import ClusterConfig
+
+
+class WorkerLost(RuntimeError):
+    """A worker died or did not answer in time; the message names it."""
+
+
+def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
+    """Compare what the workers need with what there is.
+
+    Args:
+        available: ``{"CPU": ..., "GPU": ...}`` of the machine or the Ray cluster.
+
+    Raises:
+        ValueError: not enough of something; says how much is missing and what to lower.
+    """
+    for kind, a_worker, a_rank in (
+        ("CPU", config.cpus_per_rollout_worker, config.cpus_per_learner_rank),
+        ("GPU", config.gpus_per_rollout_worker, config.gpus_per_learner_rank),
+    ):
+        rollout, learner = a_worker * config.num_rollout_workers, a_rank * config.num_learner_ranks
+        need = max(rollout, learner) if config.colocate else rollout + learner
+        have = available.get(kind, 0.0)
+        if need > have:
+            where = f"the Ray cluster at {config.address}" if config.address else "this machine"
+            together = "taking turns" if config.colocate else "at the same time"
+            raise ValueError(
+                f"not enough {kind}s: "
+                f"cluster.num_rollout_workers={config.num_rollout_workers} x {a_worker:g} and "
+                f"cluster.num_learner_ranks={config.num_learner_ranks} x {a_rank:g}, {together}, "
+                f"need {need:g}, but {where} has {have:g}; {need - have:g} missing. "
+                "Lower the numbers or set cluster.address to a larger Ray cluster"
+            )
+
+
+def local_resources() -> dict[str, float]:
+    """Processors and GPUs of this machine that this process may use."""
+    import torch
+
+    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+
+
+@dataclass(kw_only=True, eq=False)
+class Cluster:
+    """The running workers. Use as a context manager: leaving it stops every process that it
+    started.
+    """
+
+    config: ClusterConfig
+    rollout: list[Any] = field(default_factory=list)
+    learners: list[Any] = field(default_factory=list)
+    _setups: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> Cluster:
+        if self.config.address is None:
+            check_resources(self.config, local_resources())
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray replaces CUDA_VISIBLE_DEVICES of workers without a GPU unless told not to.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address=self.config.address or "local",
+            include_dashboard=False if self.config.address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        if self.config.address is not None:
+            check_resources(self.config, ray.cluster_resources())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for actor in self.rollout + self.learners:
+            ray.kill(actor)
+        ray.shutdown()
+
+    def start_rollout(self, model_path: str, engine: EngineSettings) -> None:
+        """Start the rollout workers, each of which loads and probes the model."""
+        share = 0.5 if self.config.colocate else 1.0
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=self.config.cpus_per_rollout_worker * share,
+            num_gpus=self.config.gpus_per_rollout_worker * share,
+        )
+        self.rollout = [
+            actor.remote(model_path, engine, rank)
+            for rank in range(self.config.num_rollout_workers)
+        ]
+
+    def start_learners(self, model_path: str, settings: LearnerSettings) -> None:
+        """Start the learner ranks; they meet in :meth:`wait_until_ready`."""
+        share = 0.5 if self.config.colocate else 1.0
+        world = self.config.num_learner_ranks
+        actor = ray.remote(LearnerWorker).options(
+            num_cpus=self.config.cpus_per_learner_rank * share,
+            num_gpus=self.config.gpus_per_learner_rank * share,
+        )
+        self.learners = [actor.remote(rank, world) for rank in range(world)]
+        address = None
+        if world > 1:
+            first = [self.learners[0].rendezvous_address.remote()]
+            (address,) = self._get("learner rank", first, self.config.start_timeout_seconds)
+        self._setups = [
+            learner.setup.remote(address, model_path, settings) for learner in self.learners
+        ]
+
+    def wait_until_ready(self) -> None:
+        """Wait until every worker has loaded its model, at most ``start_timeout_seconds``."""
+        timeout = self.config.start_timeout_seconds
+        self._get("rollout worker", [worker.ping.remote() for worker in self.rollout], timeout)
+        self._get("learner rank", self._setups, timeout)
+
+    def sample(
+        self, prompts: Sequence[Prompt], strategy: str, settings: Any, policy_version: int
+    ) -> tuple[list[Tree], CostLedger]:
+        """Grow one tree a prompt; trees come back in the prompts' order, whichever worker grew
+        them.
+        """
+        workers = self.rollout[: len(prompts)]
+        shares = [prompts[rank :: len(workers)] for rank in range(len(workers))]
+        refs = [
+            worker.sample.remote(share, strategy, settings, policy_version)
+            for worker, share in zip(workers, shares, strict=True)
+        ]
+        answers = self._get("rollout worker", refs, self.config.call_timeout_seconds)
+        trees: list[Tree | None] = [None] * len(prompts)
+        ledger = CostLedger()
+        for rank, (grown, cost) in enumerate(answers):
+            trees[rank :: len(workers)] = grown
+            ledger = ledger + cost
+        assert all(tree is not None for tree in trees)
+        return trees, ledger  # type: ignore[return-value]
+
+    def update(self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]]) -> dict[str, float]:
+        """One optimiser step a mini-batch.
+
+        Args:
+            mini_batches: indexed [rank][mini-batch][micro-batch].
+        """
+        refs = [
+            learner.update.remote(batches)
+            for learner, batches in zip(self.learners, mini_batches, strict=True)
+        ]
+        return self._get("learner rank", refs, self.config.call_timeout_seconds)[0]
+
+    def publication(self, dtype: str) -> tuple[WeightManifest, dict[str, int], Any]:
+        """The learner's weights for engines of ``dtype``: their manifest, the digests that an
+        engine must find, and a reference to the tensors, which go from rank 0 to the engines
+        without passing through this process.
+        """
+        calls = [
+            learner.publication.options(num_returns=3).remote(dtype) for learner in self.learners
+        ]
+        timeout = self.config.call_timeout_seconds
+        manifests = self._get("learner rank", [call[0] for call in calls], timeout)
+        digests = self._get("learner rank", [call[1] for call in calls], timeout)
+        return manifests[0], digests[0], calls[0][2]
+
+    def on_learners(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every learner rank with the same arguments; answers by rank."""
+        refs = [getattr(learner, method).remote(*arguments) for learner in self.learners]
+        return self._get("learner rank", refs, self.config.call_timeout_seconds)
+
+    def on_rollout(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every rollout worker with the same arguments; answers by rank."""
+        refs = [getattr(worker, method).remote(*arguments) for worker in self.rollout]
+        return self._get("rollout worker", refs, self.config.call_timeout_seconds)
+
+    def _get(self, role: str, refs: list[Any], timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        answers = []
+        for rank, ref in enumerate(refs):
+            try:
+                answers.append(ray.get(ref, timeout=max(0.0, deadline - time.monotonic())))
+            except GetTimeoutError as error:
+                waiting = [i for i, r in enumerate(refs) if not ray.wait([r], timeout=0)[0]]
+                raise WorkerLost(
+                    f"{role} {', '.join(map(str, waiting))} of {len(refs)} "
+                    f"did not answer within {timeout:.0f} s"
+                ) from error
+            except RayActorError as error:
+                raise WorkerLost(f"{role} {rank} of {len(refs)} died: {error}") from error
+            except RayTaskError as error:
+                if isinstance(error.cause, ValueError):  # the user's to mend: say it plainly
+                    raise error.cause from None
+                raise
+        return answers

@@ -1,0 +1,243 @@
+"""What a training run can be told: plain dataclasses, checked when they are built. No torch in
+here.
+
+Each room brings its own settings; this file adds what only the roof knows and checks what spans
+rooms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from rewards.settings import RewardSettings
+from rollout.settings import EngineSettings
+from trainers.settings import LearnerSettings
+from treepo.algorithm_settings import AdvantageSettings
+from treepo.cli import settings_from
+from treepo.data_settings import DataSettings
+from treepo.tracking_settings import TrackingSettings
+
+ASSET_PREFIX = "asset:"
+
+
+@dataclass
+class ModelConfig:
+    """The policy to start from."""
+
+    path: str = "asset:tiny_chain_sum"  # folder, Hub name, or asset:NAME (shipped with the package)
+    tokenizer: Optional[str] = None  # folder or Hub name; default: the model's own  # noqa: UP045
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TrainerConfig:
+    """Batch sizes, how long, how often."""
+
+    total_steps: int = 100  # rollout-and-update rounds
+    train_batch_size: int = 24  # prompts a step; each grows one tree of rollout.n leaves
+    ppo_mini_batch_size: int = 24  # prompts an optimiser update; divides train_batch_size
+    ppo_epochs: int = 1  # passes over a step's trees
+    save_freq: int = 20  # steps between checkpoints; 0: only at the end
+    test_freq: int = 0  # steps between evaluations; 0: only before and after
+    val_before_train: bool = True
+    keep_checkpoints: int = 2  # newest ones kept
+    save_trees_freq: int = 1  # steps between writing sampled trees to the run's folder; 0: never
+    shuffle_rewards: bool = (
+        False  # control experiment: permute the batch's rewards among its leaves
+    )
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "train_batch_size", "ppo_mini_batch_size", "ppo_epochs"):
+            require(f"trainer.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        for name in ("save_freq", "test_freq", "save_trees_freq"):
+            require(f"trainer.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        require(
+            "trainer.keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, ">= 1"
+        )
+        if self.train_batch_size % self.ppo_mini_batch_size:
+            raise ValueError(
+                f"trainer.ppo_mini_batch_size={self.ppo_mini_batch_size} does not divide "
+                f"trainer.train_batch_size={self.train_batch_size}; nearest that do: "
+                + " or ".join(
+                    map(str, _nearest_divisors(self.train_batch_size, self.ppo_mini_batch_size))
+                )
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out problems, scored before and after training (and every trainer.test_freq steps)."""
+
+    splits: dict[str, DataSettings] = field(default_factory=dict)  # name -> problems
+    num_samples: int = 4  # responses a problem at `temperature`; the greedy pass always takes one
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_length: int = 0  # tokens; 0: the same as in training
+
+    def __post_init__(self) -> None:
+        require("evaluation.num_samples", self.num_samples, self.num_samples >= 1, ">= 1")
+        require(
+            "evaluation.temperature", self.temperature, self.temperature > 0,
+            "> 0 (a greedy pass is always made beside it)",
+        )  # fmt: skip
+        require("evaluation.top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+
+
+@dataclass
+class ClusterConfig:
+    """How many processes there are and what each may use."""
+
+    # of a running Ray cluster; default: start one here  # noqa: UP045
+    address: str | None = None
+    num_rollout_workers: int = 1
+    num_learner_ranks: int = 1
+    cpus_per_rollout_worker: float = 1.0
+    cpus_per_learner_rank: float = 1.0
+    gpus_per_rollout_worker: float = 0.0
+    gpus_per_learner_rank: float = 0.0
+    colocate: bool = True  # rollout and learner take turns on the same processors
+    start_timeout_seconds: float = 180.0  # for all processes to come up
+    call_timeout_seconds: float = (
+        3600.0  # for one call of a worker; then the error names who is missing
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_rollout_workers", "num_learner_ranks"):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        for name in ("cpus_per_rollout_worker", "cpus_per_learner_rank"):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
+
+
+@dataclass
+class TrainConfig:
+    """Everything a training run is told."""
+
+    experiment: str = "default"  # names the folder below output_dir
+    seed: int = 0
+    output_dir: str = "outputs"
+    resume_mode: str = (
+        "auto"  # auto: go on with the unfinished run; disable: a new run; or a run's folder
+    )
+    max_prompt_length: int = 512  # tokens
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    rollout: dict[str, Any] = field(default_factory=dict)  # `strategy` and that strategy's settings
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    algorithm: AdvantageSettings = field(default_factory=AdvantageSettings)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    def __post_init__(self) -> None:
+        require("max_prompt_length", self.max_prompt_length, self.max_prompt_length >= 1, ">= 1")
+        require("seed", self.seed, self.seed >= 0, ">= 0")
+        if "/" in self.experiment or not self.experiment:
+            raise ValueError(
+                f"experiment={self.experiment!r}: a folder name is wanted, without '/'"
+            )
+        ranks, prompts = self.cluster.num_learner_ranks, self.trainer.ppo_mini_batch_size
+        if prompts < ranks:
+            raise ValueError(
+                f"cluster.num_learner_ranks={ranks} is more than "
+                f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
+                "train on; lower the one or raise the other"
+            )
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        _, strategy = strategy_settings(self)
+        path = self.max_prompt_length + strategy.max_response_length
+        if path > self.engine.num_kv_slots:
+            raise ValueError(
+                f"engine.num_kv_slots={self.engine.num_kv_slots} cannot hold one path of "
+                f"{path} tokens (max_prompt_length + rollout.max_response_length): raise it to at "
+                f"least {path}, better to {path * strategy.n} for a whole tree"
+            )
+        tree = self.max_prompt_length + strategy.n * strategy.max_response_length
+        limit = self.trainer.learner.max_tokens_per_micro_batch
+        if tree > limit:
+            raise ValueError(
+                f"trainer.learner.max_tokens_per_micro_batch={limit} cannot hold a prompt's "
+                f"largest tree of {tree} tokens (max_prompt_length + rollout.n x "
+                f"rollout.max_response_length), and a tree is not split: raise it to {tree}, or "
+                "lower one of the three"
+            )
+
+
+def strategy_settings(config: TrainConfig) -> tuple[str, Any]:
+    """The rollout strategy's name and its own settings, built from ``config.rollout``.
+
+    Raises:
+        ValueError: no or unknown strategy; a key that this strategy does not use.
+    """
+    from rollout.strategies.base import STRATEGIES
+
+    values = dict(config.rollout)
+    name = values.pop("strategy", None)
+    if name is None:
+        raise ValueError(
+            f"rollout.strategy is missing: choose one of {', '.join(STRATEGIES.names())}"
+        )
+    settings_class = STRATEGIES.get(name).Settings
+    return name, settings_from(settings_class, values, where=f"rollout (strategy {name})")
+
+
+def require(field_name: str, value: object, ok: bool, allowed: str) -> None:
+    """Raise a ``ValueError`` that names the field, its value and what is allowed, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{field_name}={value!r} is out of range: it must be {allowed}")
+
+
+def resolve_model_path(path: str) -> str:
+    """Folder of a model: ``asset:NAME`` means one shipped with the package.
+
+    Raises:
+        ValueError: no such asset, a path that does not exist, or a folder without a config.json.
+    """
+    if path.startswith(ASSET_PREFIX):
+        assets = Path(__file__).resolve().parent / "assets"
+        folder = assets / path.removeprefix(ASSET_PREFIX)
+        if not (folder / "config.json").is_file():
+            known = (
+                sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
+            )
+            raise ValueError(
+                f"model {path!r} is not shipped; shipped: {', '.join(known) or 'none'}"
+            )
+        return str(folder)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model.path={path!r}: the folder has no config.json, so it holds no model"
+            )
+        return str(folder)
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"model.path={path!r}: no such folder (from {Path.cwd()})")
+    return path  # a Hub name
+
+
+def learner_settings(config: TrainConfig) -> LearnerSettings:
+    """The learner's settings with the length of its schedule filled in."""
+    learner = config.trainer.learner
+    total = learner.optimizer.total_training_steps or updates_per_step(config) * (
+        config.trainer.total_steps
+    )
+    return replace(learner, optimizer=replace(learner.optimizer, total_training_steps=total))
+
+
+def updates_per_step(config: TrainConfig) -> int:
+    """Optimiser updates that a step makes of a full batch."""
+    trainer = config.trainer
+    return trainer.ppo_epochs * trainer.train_batch_size // trainer.ppo_mini_batch_size
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    return below + [d for d in divisors if d > wanted][:1]

@@ -1,0 +1,108 @@
+"""A training run from its folder to its summary: sample, score, learn, publish, and again.
+
+The step itself is in ``treepo/session.py``; this file opens and closes a run, decides when to
+evaluate and to save, and goes on with a run that was cut short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treepo.checkpoint import latest_checkpoint, read_state
+from treepo.cli import to_yaml
+from treepo.config import TrainConfig
+from treepo.progress import Progress, quiet_libraries, show_summary
+from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_run, point_latest_at
+
+if TYPE_CHECKING:
+    from treepo.session import Session
+
+
+def train(config: TrainConfig) -> RunFolder:
+    """Run an experiment to its end, from its start or from where an earlier life of it stopped.
+
+    Returns:
+        The run's folder, with ``summary.json`` and the exported model in it.
+
+    Raises:
+        ValueError: something the user can mend; before any training.
+    """
+    quiet_libraries()
+    run, lock = open_run(config)
+    with lock:
+        checkpoint = latest_checkpoint(run.checkpoints)
+        from treepo.opening import open_session  # torch and Ray load here
+
+        with Progress(
+            total_steps=config.trainer.total_steps,
+            start_step=read_state(checkpoint).step if checkpoint else 0,
+            title=f"{run.experiment} {run.run_id}",
+        ) as progress:
+            with open_session(config, run, checkpoint, progress) as session:
+                summary = train_session(session)
+        run.finish(summary)
+    show_summary(
+        before=summary["before"],
+        after=summary["after"],
+        seconds=summary["seconds"],
+        run=run.path,
+        export=run.export,
+    )
+    return run
+
+
+def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
+    """The run to work on, claimed for this process: see ``resume_mode``.
+
+    Raises:
+        ValueError: ``resume_mode`` names a folder that holds no run, or a finished or busy one.
+    """
+    outputs, text = Path(config.output_dir), to_yaml(config)
+    if config.resume_mode == "disable":
+        return begin_run(outputs, config.experiment, text)
+    if config.resume_mode != "auto":
+        run = RunFolder(path=Path(config.resume_mode).resolve())
+        if not run.config_file.is_file():
+            raise ValueError(
+                f"resume_mode={config.resume_mode!r}: neither auto nor disable, nor a run's folder "
+                "(one with config.yaml in it)"
+            )
+        if run.is_finished:
+            raise ValueError(
+                f"run {run.path} is finished. To train its model further start a new run with "
+                f"model.path={run.export}"
+            )
+        return run, run.lock()
+    same = claim_unfinished_run(
+        outputs, config.experiment, accepts=lambda run: run.config_file.read_text() == text
+    )
+    if same is None:
+        return begin_run(outputs, config.experiment, text)
+    point_latest_at(outputs, same[0])
+    return same
+
+
+def train_session(session: Session) -> dict[str, Any]:
+    """All steps that are left, the evaluations and the export.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    trainer = session.config.trainer
+    session.publish()
+    if session.state.step == 0 and trainer.val_before_train:
+        session.state = replace(session.state, before=session.evaluate().scores)
+    while session.state.step < trainer.total_steps:
+        metrics = session.step()
+        step, is_last = session.state.step, session.state.step == trainer.total_steps
+        if trainer.test_freq and step % trainer.test_freq == 0 and not is_last:
+            metrics |= session.evaluate().metrics
+        session.log(metrics)
+        if trainer.save_freq and step % trainer.save_freq == 0 and not is_last:
+            session.save()
+    after = session.evaluate()
+    session.save()
+    session.export()
+    return session.summary(after.scores)

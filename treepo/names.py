@@ -1,0 +1,26 @@
+"""Looks up every name in a configuration before any work: a typo costs a second, not a run."""
+
+from __future__ import annotations
+
+from rewards.registry import check_name as check_reward_name
+from treepo.config import TrainConfig, strategy_settings
+
+
+def check_names(config: TrainConfig) -> None:
+    """Look up every name that a training run will ask a registry for.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    from trainers.settings import POLICY_LOSSES
+    from trainers.losses import POLICY_LOSSES
+    from treepo.advantages import ADVANTAGES
+    from treepo.data import DATA_SOURCES
+
+    strategy_settings(config)
+    ADVANTAGES.check(config.algorithm.adv_estimator)
+    POLICY_LOSSES.check(config.trainer.learner.policy_loss.name)
+    for data in (config.data, *config.evaluation.splits.values()):
+        DATA_SOURCES.check(data.source)
+    for label, part in config.reward.parts.items():
+        check_reward_name(part.name or label)

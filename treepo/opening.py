@@ -1,0 +1,129 @@
+"""Opens a session: data first, which is where most mistakes are, then processes, then an earlier
+life's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rewards.pool import RewardPool
+from treepo.checkpoint import RunState, read_state
+from treepo.cluster import Cluster, check_resources, local_resources
+from treepo.config import TrainConfig, learner_settings, resolve_model_path, strategy_settings
+from treepo.data import Problem, ProblemOrder, held_out, load_problems
+from treepo.progress import Progress
+from treepo.run_folder import RunFolder
+from treepo.session import Session
+from treepo.text import Decoder, load_tokenizer, stop_token_ids
+from treepo.tracking import Tracker
+
+NUM_GOLDEN = 4  # prompts that prove every publication of weights
+
+
+@contextmanager
+def open_session(
+    config: TrainConfig, run: RunFolder, checkpoint: Path | None, progress: Progress
+) -> Iterator[Session]:
+    """Everything a run needs, in the state of ``checkpoint`` or at its beginning.
+
+    Raises:
+        ValueError: something the user can mend, before any training.
+    """
+    if config.cluster.address is None:
+        check_resources(config.cluster, local_resources())
+    model_path = resolve_model_path(config.model.path)
+    tokenizer_path = config.model.tokenizer or model_path
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
+    progress.stage("loading problems")
+    problems = load_problems(config.data, tokenizer, config.max_prompt_length)
+    splits = {
+        name: held_out(
+            load_problems(data, tokenizer, config.max_prompt_length),
+            problems,
+            name=name,
+            on_overlap=data.on_overlap,
+        )
+        for name, data in config.evaluation.splits.items()
+    }
+    order = ProblemOrder(problems, seed=config.seed)
+    state = read_state(checkpoint) if checkpoint else initial_state(config, order)
+    name, settings = strategy_settings(config)
+    if not settings.stop_token_ids:
+        settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
+    progress.stage("starting the workers")
+    with (
+        RewardPool(config.reward) as rewards,
+        Cluster(config=config.cluster) as cluster,
+        Tracker(
+            config.tracking,
+            metrics_file=run.metrics_file,
+            experiment=run.experiment,
+            run_id=run.run_id,
+            config={"config": run.config_file.read_text()},
+            resume_step=state.step if checkpoint else None,
+            state=state.tracking,
+        ) as tracker,
+    ):
+        cluster.start_rollout(model_path, config.engine)
+        cluster.start_learners(model_path, learner_settings(config))
+        cluster.wait_until_ready()
+        if checkpoint:
+            restore(cluster, checkpoint, state, run)
+        yield Session(
+            config=config,
+            run=run,
+            cluster=cluster,
+            rewards=rewards,
+            tracker=tracker,
+            progress=progress,
+            decoder=Decoder(tokenizer),
+            strategy=(name, settings),
+            order=order,
+            splits=splits,
+            golden=golden_sequences(problems),
+            state=state,
+        )
+
+
+def initial_state(config: TrainConfig, order: ProblemOrder) -> RunState:
+    """Where a run stands before its first step."""
+    return RunState(
+        step=0,
+        policy_version=0,
+        data_position=order.start,
+        digest="",
+        seconds=0.0,
+        seed=config.seed,
+    )
+
+
+def restore(cluster: Cluster, checkpoint: Path, state: RunState, run: RunFolder) -> None:
+    """Put the learner into a checkpoint's state and drop what the run wrote after it.
+
+    Raises:
+        ValueError: the weights that were loaded are not those that were saved.
+    """
+    cluster.on_learners("load", str(checkpoint / "learner"))
+    digest = cluster.on_learners("digest")[0]
+    if digest != state.digest:
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged: its weights have digest {digest}, but "
+            f"{state.digest} was saved. Resume from another with resume_mode, or start anew with "
+            "resume_mode=disable"
+        )
+    for file in run.trees.glob("step_*.jsonl"):
+        if int(file.stem.removeprefix("step_")) > state.step:
+            file.unlink()
+
+
+def golden_sequences(problems: list[Problem]) -> list[np.ndarray]:
+    """Token sequences that learner and engines both score after each publication of weights: the
+    longest prompts, whose positions reach furthest.
+    """
+    longest = sorted(problems, key=lambda problem: (-len(problem.prompt_token_ids), problem.id))
+    return [problem.prompt_token_ids for problem in longest[:NUM_GOLDEN]]

@@ -1,0 +1,271 @@
+"""A run at work: what it holds open, and what can be done with it: step, publish, evaluate, save,
+export.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.pool import RewardPool
+from rewards.records import RewardResult
+from rollout.strategies.settings import FlatSettings
+from rollout.tree import Tree
+from treepo.advantages import ADVANTAGES, filter_groups, scored_tree
+from treepo.base.keys import root_key
+from treepo.checkpoint import RunState, save_checkpoint
+from treepo.cluster import Cluster
+from treepo.config import TrainConfig
+from treepo.data import Problem, ProblemOrder
+from treepo.evaluation import Evaluation, SamplingPass, evaluate, greedy_and_sampled
+from treepo.progress import Progress
+from treepo.run_folder import RunFolder
+from treepo.samples import token_trees
+from treepo.step import make_prompts, mini_batches, reward_items, shuffle_verdicts
+from treepo.step_metrics import reward_metrics, tree_metrics
+from treepo.sync import publish_weights
+from treepo.text import Decoder
+from treepo.tracking import Tracker
+from treepo.tree_file import write_trees
+
+# its draws are the same at every evaluation, so changes are the model's
+EVALUATION_SEED = 1_000_003
+
+
+@dataclass(kw_only=True)
+class Session:
+    """An open run.
+
+    Attributes:
+        strategy: the rollout strategy's name and settings, stop tokens filled in.
+        order: in which problems are trained on.
+        splits: held-out problems by name.
+        golden: token sequences that prove every publication.
+        state: where the run stands.
+    """
+
+    config: TrainConfig
+    run: RunFolder
+    cluster: Cluster
+    rewards: RewardPool
+    tracker: Tracker
+    progress: Progress
+    decoder: Decoder
+    strategy: tuple[str, Any]
+    order: ProblemOrder
+    splits: Mapping[str, Sequence[Problem]]
+    golden: Sequence[np.ndarray]
+    state: RunState
+    timings: dict[str, float] = field(default_factory=dict)
+    last_look: float = field(default_factory=time.monotonic)
+
+    def publish(self) -> dict[str, float]:
+        """Send the learner's weights to every engine as the state's policy version, with proof."""
+        with self.clock("sync"):
+            return publish_weights(
+                self.cluster, self.state.policy_version, self.config.engine.dtype, self.golden
+            )
+
+    def step(self) -> dict[str, float]:
+        """One round: sample trees, judge them, learn from them, publish. Advances the state.
+
+        Returns:
+            The step's metrics.
+        """
+        began, self.timings = time.monotonic(), {}
+        step, trainer = self.state.step + 1, self.config.trainer
+        problems, after = self.order.next_batch(self.state.data_position, trainer.train_batch_size)
+        trees, metrics = self.sample(step, problems)
+        verdicts = self.judge(problems, trees)
+        metrics |= tree_metrics(trees) | reward_metrics(verdicts)
+        metrics |= self.learn(step, trees, verdicts)
+        self.state = replace(self.state, step=step, data_position=after)
+        seconds = time.monotonic() - began
+        metrics["timing_s/step"] = seconds
+        metrics |= {f"timing_s/{name}": spent for name, spent in self.timings.items()}
+        metrics["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
+        metrics["training/policy_version"] = float(self.state.policy_version)
+        metrics["training/epoch"] = float(after.epoch)
+        return metrics
+
+    def sample(self, step: int, problems: Sequence[Problem]) -> tuple[list[Tree], dict[str, float]]:
+        """Grow one tree a problem under the weights in force."""
+        prompts = make_prompts(problems, self.config.seed, "train", step)
+        self.progress.stage("sampling trees")
+        with self.clock("gen"):
+            trees, ledger = self.cluster.sample(prompts, *self.strategy, self.state.policy_version)
+        total = sum(
+            len(t.path_token_ids(leaf, with_prompt=False)) for t in trees for leaf in t.leaves
+        )
+        return trees, {
+            "rollout/trajectory_tokens": float(total),
+            "rollout/generated_tokens": float(ledger.generated_tokens),
+            "rollout/query_tokens": float(ledger.query_tokens),
+            "rollout/unique_tokens": float(ledger.unique_tokens),
+            "rollout/sequential_steps": float(ledger.sequential_steps),
+            "rollout/preempted": float(ledger.preempted),
+            "rollout/peak_kv_bytes": float(ledger.peak_kv_bytes),
+        }
+
+    def judge(self, problems: Sequence[Problem], trees: Sequence[Tree]) -> list[list[RewardResult]]:
+        """A verdict for every leaf, by tree."""
+        self.progress.stage("judging responses")
+        with self.clock("reward"):
+            items = [
+                reward_items(tree, problem, self.decoder)
+                for tree, problem in zip(trees, problems, strict=True)
+            ]
+            verdicts = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
+            by_tree = [[next(verdicts) for _ in of_tree] for of_tree in items]
+        if self.config.trainer.shuffle_rewards:
+            return shuffle_verdicts(by_tree, root_key(self.config.seed, "shuffle", self.state.step))
+        return by_tree
+
+    def learn(
+        self, step: int, trees: Sequence[Tree], verdicts: Sequence[Sequence[RewardResult]]
+    ) -> dict[str, float]:
+        """Advantages, the update and the publication of its outcome. A batch in which no group
+        has a signal is skipped: no update, no new version, and a metric that says so.
+        """
+        algorithm, trainer = self.config.algorithm, self.config.trainer
+        with self.clock("adv"):
+            groups = [scored_tree(t, v) for t, v in zip(trees, verdicts, strict=True)]
+            informative, counts = filter_groups(groups, algorithm.filter_groups_metric)
+            kept = informative if algorithm.filter_groups else groups
+            advantages = ADVANTAGES.get(algorithm.adv_estimator)(kept, algorithm)
+            if trainer.save_trees_freq and step % trainer.save_trees_freq == 0:
+                by_problem = {
+                    group.tree.problem_id: values
+                    for group, values in zip(kept, advantages, strict=True)
+                }
+                write_trees(self.run.trees_file(step), trees, verdicts, by_problem, self.decoder)
+            batches = token_trees(kept, advantages, drop_untrained=True)
+        metrics = {
+            "training/num_groups": float(counts.num_groups),
+            "training/num_informative_groups": float(counts.num_kept),
+            "training/num_groups_without_verdict": float(counts.num_without_verdict),
+        }
+        if not informative or not batches:
+            return metrics | {"training/skipped_steps": 1.0}
+        self.progress.stage("learning")
+        with self.clock("update_actor"):
+            key = root_key(self.config.seed, "mini-batches", step)
+            metrics |= self.cluster.update(mini_batches(batches, self.config, key))
+        self.state = replace(self.state, policy_version=self.state.policy_version + 1)
+        self.progress.stage("publishing weights")
+        trained = sum(tree.num_tokens for tree in batches)
+        metrics["training/trained_tokens"] = float(trained * trainer.ppo_epochs)
+        return metrics | self.publish() | {"training/skipped_steps": 0.0}
+
+    def evaluate(self) -> Evaluation:
+        """Score the held-out splits, greedily and at the evaluation's temperature."""
+        settings = self.config.evaluation
+        self.progress.stage("evaluating on held-out problems")
+        with self.clock("testing"):
+            result = evaluate(
+                self.splits,
+                greedy_and_sampled(
+                    num_samples=settings.num_samples,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    max_response_length=settings.max_response_length
+                    or self.strategy[1].max_response_length,
+                    seed=EVALUATION_SEED,
+                ),
+                sample=self._sample_flat,
+                score=self.rewards.score,
+                decoder=self.decoder,
+            )
+        self.progress.evaluated(self.state.step, result.scores)
+        return result
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write the step's row and show it."""
+        self.tracker.log(self.state.step, metrics)
+        self.progress.update(self.state.step, metrics)
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything that a resumed run needs."""
+        self.progress.stage("saving a checkpoint")
+
+        def write(folder: Path) -> None:
+            self.cluster.on_learners("save", str(folder / "learner"))
+            self.cluster.on_learners("export_hf", str(folder / "hf"))
+
+        self.state = replace(
+            self.state,
+            seconds=self.state.seconds + self._seconds_since_last_look(),
+            digest=self.cluster.on_learners("digest")[0],
+            tracking=self.tracker.state(),
+        )
+        return save_checkpoint(
+            self.run.checkpoints, self.state, write, self.config.trainer.keep_checkpoints
+        )
+
+    def export(self) -> Path:
+        """Write the Hugging Face folder of the finished model."""
+        self.progress.stage("exporting the model")
+        self.cluster.on_learners("export_hf", str(self.run.export))
+        return self.run.export
+
+    def summary(self, after: Mapping[str, float]) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        return {
+            "experiment": self.run.experiment,
+            "run_id": self.run.run_id,
+            "seed": self.config.seed,
+            "steps": self.state.step,
+            "before": dict(self.state.before),
+            "after": dict(after),
+            "seconds": self.state.seconds + self._seconds_since_last_look(),
+            "digest": self.state.digest,
+            "model": str(self.run.export),
+            "versions": versions(),
+        }
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the time of a part of the step to ``timing_s/<name>``."""
+        began = time.monotonic()
+        yield
+        self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - began
+
+    def _sample_flat(self, problems: Sequence[Problem], settings: SamplingPass) -> list[Tree]:
+        flat = FlatSettings(
+            n=settings.num_samples,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            max_response_length=settings.max_response_length,
+            stop_token_ids=self.strategy[1].stop_token_ids,
+        )
+        prompts = make_prompts(problems, settings.seed, "evaluate", settings.name)
+        trees, _ = self.cluster.sample(prompts, "flat", flat, self.state.policy_version)
+        return trees
+
+    def _seconds_since_last_look(self) -> float:
+        now = time.monotonic()
+        spent, self.last_look = now - self.last_look, now
+        return spent
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers may depend on."""
+    packages = ("treepo", "torch", "transformers", "deepspeed", "ray", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:  # run from a source tree that is not installed
+        return "source tree"

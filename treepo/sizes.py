@@ -1,0 +1,61 @@
+"""What a training run's settings amount to: batches, updates, memory. Printed before any work."""
+
+from __future__ import annotations
+
+import json
+import struct
+from math import prod
+from pathlib import Path
+
+from treepo.config import TrainConfig, resolve_model_path, strategy_settings, updates_per_step
+
+
+def derived_sizes(config: TrainConfig) -> dict[str, str]:
+    """What the settings amount to, for people to check before any work."""
+    _, strategy = strategy_settings(config)
+    trainer = config.trainer
+    leaves = trainer.train_batch_size * strategy.n
+    updates = updates_per_step(config)
+    sizes = {
+        "responses a step": f"{leaves} = {trainer.train_batch_size} prompts x {strategy.n}",
+        "updates a step": f"{updates} of {trainer.ppo_mini_batch_size} prompts each",
+        "updates in all": str(updates * trainer.total_steps),
+        "prompts in all": str(trainer.train_batch_size * trainer.total_steps),
+        "longest path": f"{config.max_prompt_length + strategy.max_response_length} tokens",
+    }
+    sizes.update(_memory(config))
+    return sizes
+
+
+def _memory(config: TrainConfig) -> dict[str, str]:
+    folder = Path(resolve_model_path(config.model.path))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return {"memory": "unknown before the model is downloaded"}
+    parameters = sum(map(_num_parameters, files))
+    width = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[config.engine.dtype]
+    model = json.loads((folder / "config.json").read_text())
+    sizes = {
+        "parameters": f"{parameters:,}",
+        "learner memory": f"{_gib(parameters * 16)} (weights, gradients, two Adam moments in fp32) "
+        f"over {config.cluster.num_learner_ranks} ranks, ZeRO {config.trainer.learner.zero_stage}",
+        "engine weights": f"{_gib(parameters * width)} a worker",
+    }
+    heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
+    layers, hidden = model.get("num_hidden_layers"), model.get("hidden_size")
+    if heads and layers and hidden:
+        head_dim = model.get("head_dim") or hidden // model["num_attention_heads"]
+        kv = 2 * layers * heads * head_dim * width * config.engine.num_kv_slots
+        sizes["KV pool"] = f"{_gib(kv)} a worker for {config.engine.num_kv_slots} tokens"
+    return sizes
+
+
+def _num_parameters(file: Path) -> int:
+    with file.open("rb") as stream:  # a safetensors file starts with the length of its JSON header
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,96 @@
+"""One step of training between the cluster's calls: prompts in, verdicts and advantages on trees,
+packed batches out.
+
+Pure functions on records; the loop calls the workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rewards.records import RewardItem, RewardResult
+from rollout.strategies.base import Prompt
+from rollout.tree import Tree
+from trainers.batch import PackedBatch, TokenTree
+from trainers.packing import pack
+from treepo.base.keys import Purpose, root_key, uniform
+from treepo.config import TrainConfig
+from treepo.data import Problem
+from treepo.step_metrics import response_lengths
+from treepo.text import Decoder
+
+
+def make_prompts(problems: Sequence[Problem], *where: object) -> list[Prompt]:
+    """Prompts whose random draws are named by ``where`` (seed, epoch, purpose) and the problem's
+    id.
+    """
+    return [
+        Prompt(
+            problem_id=problem.id,
+            token_ids=problem.prompt_token_ids,
+            root_key=root_key(*where, problem.id),
+        )
+        for problem in problems
+    ]
+
+
+def reward_items(tree: Tree, problem: Problem, decoder: Decoder) -> list[RewardItem]:
+    """What the verifiers see of each leaf, in the order of ``tree.leaves``."""
+    return [
+        RewardItem(
+            data_source=problem.data_source,
+            prompt=problem.prompt_text,
+            solution_str=decoder.response_text(tree, leaf),
+            ground_truth=problem.ground_truth,
+            extra_info=problem.extra_info,
+            num_tokens=length,
+            finish_reason=tree.segments[leaf].finish_reason,
+        )
+        for leaf, length in zip(tree.leaves, response_lengths(tree), strict=True)
+    ]
+
+
+def shuffle_verdicts(
+    verdicts: Sequence[Sequence[RewardResult]], key: int
+) -> list[list[RewardResult]]:
+    """The control experiment: the same verdicts, dealt to the batch's leaves at random.
+
+    Args:
+        key: names the permutation.
+    """
+    every = [verdict for of_tree in verdicts for verdict in of_tree]
+    order = sorted(range(len(every)), key=lambda i: uniform(key, i, Purpose.BRANCH))
+    dealt = iter(order)
+    return [[every[next(dealt)] for _ in of_tree] for of_tree in verdicts]
+
+
+def mini_batches(
+    trees: Sequence[TokenTree], config: TrainConfig, key: int
+) -> list[list[list[PackedBatch]]]:
+    """Cut a step's trees into optimiser updates, packed for every rank.
+
+    The trees that survived the filter are shuffled anew each epoch and dealt into as many updates
+    as the unfiltered step would have had (fewer if fewer trees than that are left), of nearly equal
+    size.
+
+    Returns:
+        Indexed [rank][update][micro-batch].
+    """
+    trainer = config.trainer
+    wanted = trainer.train_batch_size // trainer.ppo_mini_batch_size
+    updates: list[list[list[PackedBatch]]] = []
+    for epoch in range(trainer.ppo_epochs):
+        draws = [uniform(key, epoch * len(trees) + i, Purpose.BRANCH) for i in range(len(trees))]
+        order = np.argsort(draws)
+        for share in np.array_split(order, min(wanted, len(trees))):
+            updates.append(
+                pack(
+                    [trees[i] for i in share],
+                    trainer.learner.max_tokens_per_micro_batch,
+                    config.cluster.num_learner_ranks,
+                )
+            )
+    ranks = range(config.cluster.num_learner_ranks)
+    return [[update[rank] for update in updates] for rank in ranks]

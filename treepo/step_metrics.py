@@ -1,0 +1,75 @@
+"""What one step's trees and verdicts amount to, under the names of ``docs/metrics.md``. Pure
+functions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rewards.records import OUTCOMES, RewardResult
+from rollout.tree import TRUNCATED, Tree
+
+
+def response_lengths(tree: Tree) -> list[int]:
+    """Sampled tokens on the path of each leaf."""
+    depth = [0] * len(tree.segments)
+    for index, segment in enumerate(tree.segments):
+        above = depth[segment.parent] if segment.parent >= 0 else 0
+        depth[index] = above + (segment.num_tokens if segment.sampled else 0)
+    return [depth[leaf] for leaf in tree.leaves]
+
+
+def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    """Shape of the sampled trees.
+
+    ``tree/shared_token_ratio`` is the share of trajectory tokens that another trajectory of the
+    same tree has already paid for: 1 - (tokens sampled) / (sum of the leaves' lengths).
+    """
+    lengths = [length for tree in trees for length in response_lengths(tree)]
+    sampled = sum(s.num_tokens for tree in trees for s in tree.segments if s.sampled)
+    total = sum(lengths)
+    truncated = sum(
+        tree.segments[leaf].finish_reason == TRUNCATED for tree in trees for leaf in tree.leaves
+    )
+    return {
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/max": float(max(lengths)),
+        "response_length/clip_ratio": truncated / len(lengths),
+        "tree/shared_token_ratio": 1 - sampled / total if total else 0.0,
+        "tree/width": float(np.mean([tree.num_leaves for tree in trees])),
+        "tree/depth": float(
+            np.mean([max(tree.segments[leaf].level for leaf in tree.leaves) for tree in trees])
+        ),
+        "tree/branches": float(sum(tree.counters.branches for tree in trees)),
+        "tree/fallbacks": float(sum(tree.counters.fallbacks for tree in trees)),
+    }
+
+
+def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, float]:
+    """Scores of the leaves that have a verdict, and counts of every outcome.
+
+    Args:
+        verdicts: by tree, then by leaf.
+    """
+    every = [verdict for of_tree in verdicts for verdict in of_tree]
+    judged = [verdict for verdict in every if verdict.has_verdict]
+    scores = [verdict.score for verdict in judged]
+    counts = Counter(verdict.outcome for verdict in every)
+    groups = [[v.score for v in of_tree if v.has_verdict] for of_tree in verdicts]
+    without_spread = sum(len(set(group)) < 2 for group in groups)
+    metrics = {
+        "critic/score/mean": float(np.mean(scores)) if scores else float("nan"),
+        "critic/score/max": float(np.max(scores)) if scores else float("nan"),
+        "critic/score/min": float(np.min(scores)) if scores else float("nan"),
+        "critic/rewards/mean": float(np.mean(scores)) if scores else float("nan"),
+        "critic/accuracy": float(np.mean([v.correct for v in judged])) if judged else float("nan"),
+        "frac_reward_zero_std": without_spread / len(groups),
+    }
+    metrics.update({f"reward/outcome/{name}": float(counts[name]) for name in OUTCOMES})
+    for part in sorted({name for verdict in judged for name in verdict.parts}):
+        values = [verdict.parts[part] for verdict in judged if part in verdict.parts]
+        metrics[f"reward/part/{part}"] = float(np.mean(values))
+    return metrics

@@ -1,0 +1,31 @@
+"""``python -m treepo.train +experiment=NAME``: train a policy by reinforcement learning."""
+
+from __future__ import annotations
+
+from treepo.cli import run_command, to_yaml
+from treepo.config import TrainConfig
+from treepo.names import check_names
+from treepo.sizes import derived_sizes
+
+
+def work(config: TrainConfig, dry_run: bool) -> None:
+    """Check what can be checked at once, say what the settings amount to, then train."""
+    check_names(config)
+    sizes = derived_sizes(config)
+    if dry_run:
+        print(to_yaml(config))
+    for name, value in sizes.items():
+        print(f"{name:>18}: {value}", flush=True)
+    if dry_run:
+        return
+    from treepo.loop import train  # torch and Ray load here, after all that a typo can spoil
+
+    train(config)
+
+
+def main() -> None:
+    run_command("train", TrainConfig, work)
+
+
+if __name__ == "__main__":
+    main()
