@@ -27,17 +27,13 @@ class RewardPartSettings:
             raise ValueError(f"reward part weight={self.weight}: must be a finite number")
 
 
-def _default_parts() -> dict[str, RewardPartSettings]:
-    return {"auto": RewardPartSettings()}
-
-
 @dataclass
 class RewardSettings:
     """How responses are scored, and in what processes."""
 
     # parts of the reward by label; the label names the part in metrics and is its registered name
-    # unless `name` says otherwise
-    parts: dict[str, RewardPartSettings] = field(default_factory=_default_parts)
+    # unless `name` says otherwise; none: auto, the verifier that fits each row's data source
+    parts: dict[str, RewardPartSettings] = field(default_factory=dict)
     # a verdict part whose value reaches this calls the answer correct (1 = the verifier's full
     # mark; reasoning-gym gives 0.01 for some wrong answers)
     correct_threshold: float = 0.99
@@ -54,10 +50,8 @@ class RewardSettings:
     startup_timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError(
-                "reward.parts is empty: name at least one part, e.g. reward.parts={auto: {}}"
-            )
+        if not self.parts:  # not the field's default: a configuration would merge its parts into it
+            self.parts = {"auto": RewardPartSettings()}
         if self.num_workers < 0:
             raise ValueError(
                 f"reward.num_workers={self.num_workers}: must be >= 1, or 0 to score in process"
