@@ -36,7 +36,7 @@ from rewards.settings import RewardSettings
 
 REQUEST = struct.Struct("<cq")
 _PR_SET_PDEATHSIG = 1
-_REAP_SECONDS = 1.0  # how long an ended worker may take to become reapable
+_REAP_SECONDS = 0.25  # how long an ended worker may take to become reapable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

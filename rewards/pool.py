@@ -32,6 +32,7 @@ from rewards.scorer import Scorer, failure
 from rewards.settings import RewardSettings
 
 _LARGEST_CHUNK = 64
+_COALESCE_SECONDS = 0.001  # lets results gather, so that cheap items don't wake us one by one
 _MOST_RESTARTS = 3  # of the nursery, in one call of score
 
 
@@ -153,24 +154,31 @@ class RewardPool:
         if not busy:
             return
         wait = min(worker.deadline for worker in busy) - time.monotonic()
-        for key, _ in self._selector.select(min(max(wait, 0.0), 1.0)):
-            worker = key.data
-            messages, closed = worker.channel.drain()
-            for index, result in messages:
-                results[index] = result
-                worker.chunk.remove(index)
-                self._set_deadline(worker)
-            if closed:
-                status = self._drop(worker, verb=b"R")
-                self._blame(worker, waiting, results, ERROR, _death(status))
-        now = time.monotonic()
-        for worker in [w for w in self._workers if w.chunk and w.deadline <= now]:
-            self._drop(worker, verb=b"K")
-            limit = self.settings.timeout_seconds
-            self._blame(
-                worker, waiting, results, TIMEOUT,
-                f"killed after {limit:g} s (reward.timeout_seconds)",
-            )  # fmt: skip
+        ready = self._selector.select(min(max(wait, 0.0), 1.0))
+        time.sleep(_COALESCE_SECONDS)
+        for key, _ in ready:
+            if self._take_results(key.data, results):
+                status = self._drop(key.data, verb=b"R")
+                self._blame(key.data, waiting, results, ERROR, _death(status))
+        for worker in list(self._workers):
+            if worker.deadline > time.monotonic():
+                continue
+            self._take_results(worker, results)  # what came in while others were seen to
+            if worker.deadline <= time.monotonic():
+                self._drop(worker, verb=b"K")
+                limit = self.settings.timeout_seconds
+                detail = f"killed after {limit:g} s (reward.timeout_seconds)"
+                self._blame(worker, waiting, results, TIMEOUT, detail)
+
+    def _take_results(self, worker: _Worker, results: list[RewardResult | None]) -> bool:
+        """Take what a worker has sent; whether it is gone."""
+        messages, closed = worker.channel.drain()
+        for index, result in messages:
+            results[index] = result
+            worker.chunk.remove(index)
+        if messages:
+            self._set_deadline(worker)
+        return closed
 
     @staticmethod
     def _blame(
@@ -200,6 +208,7 @@ class RewardPool:
         try:
             failed = self._control.receive(timeout=limit)
         except TimeoutError as error:
+            self._process.kill()
             self._stop_nursery()
             raise RuntimeError(
                 f"loading the reward's verifiers took more than {limit:g} s "
@@ -249,12 +258,13 @@ class RewardPool:
     def _drop(self, worker: _Worker, verb: bytes) -> int:
         """Kill (``K``) or reap (``R``) a worker; its wait status."""
         assert self._control is not None
+        self._control.socket.settimeout(60)
+        self._control.socket.sendall(nursery.REQUEST.pack(verb, worker.pid))
+        status = self._control.receive(timeout=60)  # raises while the worker still has its chunk
         self._workers.remove(worker)
         self._selector.unregister(worker.channel.socket)
         worker.channel.close()
-        self._control.socket.settimeout(60)
-        self._control.socket.sendall(nursery.REQUEST.pack(verb, worker.pid))
-        return self._control.receive(timeout=60)
+        return status
 
 
 def _death(status: int) -> str:
