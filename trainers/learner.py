@@ -20,11 +20,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
+import torch
 
-import deepspeed  # noqa: E402  (its log level is read on import)
+# DeepSpeed reads these on import; without a GPU it would search for accelerators and warn.
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
@@ -156,7 +160,8 @@ class Learner:
 
     def state_tensors(self) -> tuple[dict[str, torch.Tensor], WeightManifest]:
         """All weights and persistent buffers as the engine stores them, by the names of the model's
-        ``state_dict`` (tied names share storage), and their manifest. Don't modify the tensors.
+        ``state_dict`` (tied names share storage), and their manifest. They may be the live weights:
+        read them before the next update, and don't write to them.
         """
         with self._gathered() as state:
             tensors = _copy_keeping_ties(state) if self._sharded else state

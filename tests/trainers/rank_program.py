@@ -48,7 +48,7 @@ def run(
         settings = LearnerSettings(zero_stage=zero_stage, optimizer=SETTINGS, init_timeout_s=60)
         learner = Learner(model_path, settings, rank, world_size, init_method)
         metrics = learner.update(dealt_rows(rank, world_size, accumulation))
-        tensors, _ = learner.state_tensors()
+        tensors = {name: tensor.clone() for name, tensor in learner.state_tensors()[0].items()}
         digest = learner.digest()
         name = f"{folder}/zero{zero_stage}_accumulation{accumulation}"
         learner.save(name)
