@@ -22,10 +22,12 @@ from treepo.base.keys import child_key
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FlatState:
-    """Attributes:
-    segments: the prompt alone, until all responses are there.
-    outstanding: requests without a result, by request id.
-    received: results that wait for the others, by request id.
+    """Responses in the making.
+
+    Attributes:
+        segments: the prompt alone, until all responses are there.
+        outstanding: requests without a result, by request id.
+        received: results that wait for the others, by request id.
     """
 
     problem_id: str

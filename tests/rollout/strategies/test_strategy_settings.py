@@ -91,6 +91,15 @@ def test_names_are_known_and_checked_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_public_names_are_found_where_they_are_promised():
+    import rollout.strategies
+
+    assert rollout.strategies.TreePO is STRATEGIES.get("treepo")
+    assert all(hasattr(rollout.strategies, name) for name in rollout.strategies.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'TreeP'"):
+        _ = rollout.strategies.TreeP
+
+
 def test_a_wrong_strategy_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="Did you mean 'treepo'.*flat, treepo"):
         STRATEGIES.get("treeop")

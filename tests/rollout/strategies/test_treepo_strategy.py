@@ -347,6 +347,46 @@ def test_fallback_cuts_are_uniform_over_the_boundaries(drive):
     assert all(150 <= count <= 250 for count in counts.values()), counts
 
 
+def test_each_fallback_of_a_tree_draws_anew(drive):
+    from rollout.strategies.fallback import random_segment
+
+    def chain(context, request):
+        return [5, 6, 7, 8] if request.level < 4 else [1]
+
+    strategy = treepo(n=2, initial_divergence_max=2)
+    segments = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(chain)).segments
+    leaves = [i for i, s in enumerate(segments) if s.finish_reason]
+    cuts = {tuple(random_segment(segments, leaves, 4, round)) for round in range(30)}
+    assert len({cut[0] for cut in cuts}) >= 6 and len(cuts) >= 10
+
+    # nothing is ever active and each leaf is cut once a round: 1, 3, then 9 leaves
+    strategy = treepo(n=9, initial_divergence_min=1, initial_divergence_max=1)
+    engine = drive.ScriptedEngine(lambda context, request: [1])
+    state, requests = strategy.start(drive.prompt())
+    rounds = [state.fallback_rounds]
+    while requests:
+        results = [engine.extend(state.segments, request) for request in requests]
+        state, requests = strategy.advance(state, results)
+        rounds.append(state.fallback_rounds)
+    assert rounds == [0, 1, 2, 2]
+
+
+def test_your_own_branching_and_fallback_rules_go_in_by_path(drive, tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text(
+        "def first_takes_all(segments, active, budget):\n"
+        "    return [budget - len(active) + 1] + [1] * (len(active) - 1)\n"
+        "def from_the_prompt(segments, candidates, missing, round):\n"
+        "    return [0] * missing\n"
+    )
+    engine = drive.ScriptedEngine(drive.random_script(0.0))
+    tree = drive.grow(treepo(branching=f"{file}:first_takes_all"), drive.prompt(), engine)
+    assert [sum(s.parent == i for s in tree.segments) for i in (0, 1, 2)] == [2, 3, 1]
+    engine = drive.ScriptedEngine(lambda context, request: [1])
+    tree = drive.grow(treepo(fallback=f"{file}:from_the_prompt"), drive.prompt(), engine)
+    assert (tree.num_leaves, tree.counters.restarts) == (8, 6)
+
+
 def test_an_odd_number_of_missing_leaves_is_filled_exactly(drive):
     strategy = treepo(n=5)
     for key in range(20):
