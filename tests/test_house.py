@@ -181,9 +181,7 @@ def test_packages_and_settings_load_without_torch() -> None:
 HEAVY = ["torch", "transformers", "ray", "deepspeed", "wandb", "datasets"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ENTRY_MODULES if (ROOT / "treepo" / f"{name}.py").is_file()]
-)
+@pytest.mark.parametrize("name", ENTRY_MODULES)
 def test_help_answers_without_loading_torch(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", f"treepo.{name}", "--help"],

@@ -106,14 +106,15 @@ def sample_flat(
 
 
 def print_scores(result: Evaluation, console: Console) -> None:
-    """The scores as a table, then the counts that are not zero."""
+    """The scores as a table, then how many responses had something wrong with them."""
     table = Table()
     for name in ("score", "value", "95% interval", "problems"):
         table.add_column(name, justify="left" if name == "score" else "right")
-    for name, estimate in result.estimates.items():
+    core_first = sorted(result.estimates.items(), key=lambda entry: entry[0].startswith("val-aux"))
+    for name, estimate in core_first:
         interval = f"{estimate.low:.3f} – {estimate.high:.3f}"
         table.add_row(name, f"{estimate.value:.3f}", interval, str(estimate.num_problems))
     console.print(table)
     for name, count in result.counts.items():
-        if count:
+        if count and "/num_" in name and not name.endswith("/num_samples"):
             console.print(f"{name} {count:g}", highlight=False)
