@@ -42,12 +42,14 @@ class _Worker:
     channel: Channel
     chunk: deque[int] = field(default_factory=deque)  # indices it has been given, first = running
     deadline: float = float("inf")
+    has_scored: bool = False
 
 
 class RewardPool:
     """Scores responses as the settings say. Use it as a context manager, or call :meth:`close`.
 
-    Building it loads the verifiers, so that every user error shows here.
+    Building it loads the verifiers, so that every user error shows here; with ``wait=False`` they
+    load in the background, and errors show in :meth:`wait_until_ready` (or at the first score).
 
     Attributes:
         outcomes: how often each of ``rewards.records.OUTCOMES`` occurred so far.
@@ -57,7 +59,7 @@ class RewardPool:
         RuntimeError: user code raised while it was loaded, or took too long.
     """
 
-    def __init__(self, settings: RewardSettings) -> None:
+    def __init__(self, settings: RewardSettings, *, wait: bool = True) -> None:
         check_parts(settings)
         self.settings = settings
         self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
@@ -68,8 +70,11 @@ class RewardPool:
         self._control: Channel | None = None
         self._in_process = Scorer(settings) if settings.num_workers == 0 else None
         self._selector = selectors.DefaultSelector()
-        if self._in_process is None:
+        self._ready = self._in_process is not None
+        if not self._ready:
             self._start_nursery()
+        if wait:
+            self.wait_until_ready()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -82,6 +87,16 @@ class RewardPool:
     ) -> None:
         self.close()
 
+    def wait_until_ready(self) -> None:
+        """Return once the verifiers are loaded.
+
+        Raises:
+            ValueError: an option is wrong, or user code does not fit.
+            RuntimeError: user code raised while it was loaded, or took too long.
+        """
+        with self._lock:
+            self._await_nursery()
+
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """Verdicts on ``items``, in their order. Failures are outcomes, not exceptions."""
         with self._lock:
@@ -90,6 +105,7 @@ class RewardPool:
             if self._in_process is not None:
                 results = [self._in_process.score(item) for item in items]
             else:
+                self._await_nursery()
                 results = self._score_all(items)
         self.outcomes.update(result.outcome for result in results)
         return results
@@ -113,7 +129,7 @@ class RewardPool:
                 self._stop_nursery()
                 raise RuntimeError("this RewardPool was closed while it scored")
             try:
-                self._hand_out(waiting, pickled)
+                self._hand_out(waiting, pickled, results)
                 self._collect(waiting, results)
             except (EOFError, ConnectionError) as error:  # the nursery is gone, its workers too
                 restarts += 1
@@ -126,9 +142,15 @@ class RewardPool:
                     waiting.extendleft(reversed(worker.chunk))
                 self._stop_nursery()
                 self._start_nursery()
+                self._await_nursery()
         return [result for result in results if result is not None]
 
-    def _hand_out(self, waiting: deque[int], pickled: Sequence[bytes]) -> None:
+    def _hand_out(
+        self,
+        waiting: deque[int],
+        pickled: Sequence[bytes],
+        results: list[RewardResult | None],
+    ) -> None:
         """Give every idle worker a chunk. Chunks shrink towards the end, so that no worker is left
         with many items while others are idle.
         """
@@ -141,12 +163,15 @@ class RewardPool:
             share = -(-len(waiting) // (2 * self.settings.num_workers))
             chunk = [waiting.popleft() for _ in range(min(share, _LARGEST_CHUNK))]
             worker.chunk.extend(chunk)
-            self._set_deadline(worker)
             try:
                 worker.channel.send([(i, pickled[i]) for i in chunk], timeout=60)
-            except OSError:  # it died while idle: none of these items is to blame
-                waiting.extendleft(reversed(worker.chunk))
-                self._drop(worker, verb=b"K")
+            except OSError:  # it died before it read anything
+                status = self._drop(worker, verb=b"K")
+                if worker.has_scored:  # while idle: no item is to blame
+                    waiting.extendleft(reversed(chunk))
+                else:  # at its start; blaming an item keeps this from going on for ever
+                    self._blame(worker, waiting, results, ERROR, _death(status))
+            self._set_deadline(worker)
 
     def _collect(self, waiting: deque[int], results: list[RewardResult | None]) -> None:
         """Wait until something happens, then take results and replace what hangs or died."""
@@ -177,6 +202,7 @@ class RewardPool:
             results[index] = result
             worker.chunk.remove(index)
         if messages:
+            worker.has_scored = True
             self._set_deadline(worker)
         return closed
 
@@ -203,10 +229,19 @@ class RewardPool:
     # ------------------------------------------------------------------ processes
 
     def _start_nursery(self) -> None:
+        self._ready = False
+        self._started = time.monotonic()
         self._process, self._control = nursery.start(self.settings)
+
+    def _await_nursery(self) -> None:
+        if self._ready:
+            return
+        if self._control is None:
+            raise RuntimeError("this RewardPool is closed, or its verifiers failed to load")
         limit = self.settings.startup_timeout_seconds
+        left = max(self._started + limit - time.monotonic(), 0.01)
         try:
-            failed = self._control.receive(timeout=limit)
+            failed = self._control.receive(timeout=left)
         except TimeoutError as error:
             self._process.kill()
             self._stop_nursery()
@@ -226,6 +261,7 @@ class RewardPool:
             if failed.user_error:
                 raise ValueError(failed.message)
             raise RuntimeError(f"loading the reward's verifiers failed: {failed.message}")
+        self._ready = True
 
     def _stop_nursery(self) -> None:
         for worker in self._workers:

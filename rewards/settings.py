@@ -66,9 +66,10 @@ class RewardSettings:
                 "verifier in the calling process cannot be stopped; set num_workers >= 1, or "
                 "timeout_seconds=0 to say that it may hang"
             )
-        if self.memory_limit_mb < 0:
+        if self.memory_limit_mb != 0 and self.memory_limit_mb < 512:
             raise ValueError(
-                f"reward.memory_limit_mb={self.memory_limit_mb}: must be > 0, or 0 for no limit"
+                f"reward.memory_limit_mb={self.memory_limit_mb}: must be >= 512, which the "
+                "verifiers themselves may need, or 0 for no limit"
             )
         if not self.startup_timeout_seconds > 0:
             raise ValueError(

@@ -82,6 +82,24 @@ def test_malformed_results_are_errors(user_file: Path, function: str, detail: st
     assert detail in result.detail
 
 
+def test_scalars_of_array_libraries_are_numbers_and_arrays_are_not() -> None:
+    import numpy as np
+
+    from rewards.custom import read_score, read_scores
+
+    for value in (np.float32(0.5), np.float64(0.5), np.array(0.5)):
+        assert read_score(value).value == 0.5
+        assert read_scores([value]).value == 0.5
+        assert read_scores(np.array([value])).value == 0.5
+    assert read_score(np.bool_(True)).value == 1.0 == read_score(True).value
+    for value in (np.zeros(2), [1.0], {"score": "1"}, {"score": None}):
+        with pytest.raises(ValueError):
+            read_score(value)
+    for value in ([], [1.0, 1.0], "1", {"0": 1.0}, ["1"], None, 1.0):
+        with pytest.raises(ValueError):
+            read_scores(value)
+
+
 def test_a_part_that_does_not_apply_is_left_out(user_file: Path) -> None:
     parts = {**user(user_file, "trl_skips"), "exact": RewardPartSettings(weight=2.0)}
     result = score(parts, solution_str="#### 1")
@@ -142,12 +160,12 @@ def test_labels_let_one_part_be_used_twice() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"parts": {}}, "reward.parts is empty"),
         ({"num_workers": -1}, "reward.num_workers=-1"),
         ({"timeout_seconds": -1.0}, "reward.timeout_seconds=-1.0"),
         ({"timeout_seconds": math.inf}, "reward.timeout_seconds=inf"),
         ({"num_workers": 0}, "cannot be stopped"),
         ({"memory_limit_mb": -1}, "reward.memory_limit_mb=-1"),
+        ({"memory_limit_mb": 100}, "reward.memory_limit_mb=100: must be >= 512"),
         ({"startup_timeout_seconds": 0.0}, "reward.startup_timeout_seconds=0.0"),
         ({"correct_threshold": math.nan}, "reward.correct_threshold=nan"),
     ],
@@ -168,6 +186,8 @@ def test_the_settings_are_a_config_node() -> None:
     )
     settings = OmegaConf.to_object(node)
     assert isinstance(settings, RewardSettings) and settings.num_workers == 1
-    assert settings.parts["math"] == RewardPartSettings(weight=2.0, options={"extraction": "boxed"})
+    part = RewardPartSettings(weight=2.0, options={"extraction": "boxed"})
+    assert settings.parts == {"math": part}  # in place of the default, not beside it
+    assert list(RewardSettings().parts) == ["auto"]
     with pytest.raises(ValueError, match="weight=nan"):
         RewardPartSettings(weight=math.nan)

@@ -267,6 +267,58 @@ def test_a_killed_idle_worker_costs_no_item(user_file: Path) -> None:
         assert [(r.outcome, r.score) for r in results] == [(SCORED, 1.0), (SCORED, 0.0)]
 
 
+def test_workers_killed_from_outside_cost_at_most_the_items_they_ran(user_file: Path) -> None:
+    rng = random.Random(2)
+    with RewardPool(user_settings(user_file, num_workers=3, timeout_seconds=20.0)) as pool:
+        done = threading.Event()
+        killed = []
+
+        def kill_now_and_then() -> None:
+            while not done.wait(0.05):
+                workers = [worker.pid for worker in list(pool._workers)]
+                if workers:
+                    killed.append(rng.choice(workers))
+                    try:
+                        os.kill(killed[-1], signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+
+        killer = threading.Thread(target=kill_now_and_then)
+        killer.start()
+        items = [item("1", str(i % 2)) if i % 5 else item("sleep 0.005", "x") for i in range(500)]
+        results = pool.score(items)
+        done.set()
+        killer.join()
+    assert len(results) == 500 and len(killed) > 3
+    lost = [r for r in results if not r.has_verdict]
+    assert len(lost) <= len(killed)
+    assert all(r.outcome == ERROR and "SIGKILL" in r.detail for r in lost)
+    for index, result in enumerate(results):
+        if index % 5 and result.has_verdict:
+            assert result.score == float(index % 2 == 1)
+
+
+def test_loading_in_the_background_shows_its_errors_when_waited_for(user_file: Path) -> None:
+    with RewardPool(user_settings(user_file), wait=False) as pool:
+        assert pool.score([item("1")])[0].score == 1.0
+        pool.wait_until_ready()
+    with RewardPool(user_settings(user_file, "neither"), wait=False) as pool:
+        with pytest.raises(ValueError, match="fits no convention"):
+            pool.wait_until_ready()
+        with pytest.raises(RuntimeError, match="failed to load"):
+            pool.score([item("1")])
+
+
+def test_workers_that_cannot_even_start_end_in_errors_and_not_in_a_loop(
+    user_file: Path,
+) -> None:
+    settings = user_settings(user_file)
+    settings.memory_limit_mb = 1  # below what the interpreter holds already
+    with RewardPool(settings) as pool:
+        results = pool.score([item("1")] * 5)
+    assert [r.outcome for r in results] == [ERROR] * 5
+
+
 SCRIPT = """
 import sys
 from rewards.pool import RewardPool
