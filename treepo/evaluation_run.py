@@ -72,7 +72,9 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
         result = evaluate(
             splits, passes, sample=sample, score=rewards.score, decoder=Decoder(tokenizer)
         )
-    result.write(output, checkpoint=source.model, step=source.step, experiment=config.experiment)
+    result.write(
+        output, checkpoint=source.model, step=source.step, experiment=config.experiment_name
+    )
     print_scores(result, console)
     console.print(
         f"{clock_time(time.monotonic() - began)}, samples and settings: {output}",
