@@ -144,13 +144,15 @@ def reasoning_gym_rows(settings: DataSettings) -> Iterator[Row]:
     config = {**settings.task_config, "seed": seed, "size": settings.size}
     dataset = make_dataset(settings.task, config)
     source = f"reasoning_gym/{settings.task}"
+    # Where JSON cannot hold the task's first row, the scorer makes all its rows again.
+    by_value = entry_as_json(dataset[0]) is not None
     for index in range(settings.size):
         entry = dataset[index]
         info = {
             "task": settings.task,
             "config": config,
             "index": index,
-            "entry": entry_as_json(entry),
+            "entry": entry_as_json(entry) if by_value else None,
         }
         yield Row(
             id=f"{source}/seed{settings.seed}:{index}",
@@ -300,20 +302,12 @@ def render(rows: Sequence[Row], settings: DataSettings, tokenizer: Any) -> list[
             "data.apply_chat_template=true, but the tokenizer has no chat template; set it to "
             "false to use the questions as raw text"
         )
-    texts = []
-    for row in rows:
-        messages = _messages(row, settings, rewrite)
-        if settings.apply_chat_template:
-            text = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                **settings.chat_template_kwargs,
-            )
-        else:
-            text = _raw_text(messages, row)
-        texts.append(text)
-    return texts
+    conversations = [_messages(row, settings, rewrite) for row in rows]
+    if not settings.apply_chat_template:
+        return [_raw_text(messages, row) for messages, row in zip(conversations, rows, strict=True)]
+    return tokenizer.apply_chat_template(
+        conversations, tokenize=False, add_generation_prompt=True, **settings.chat_template_kwargs
+    )
 
 
 def _messages(

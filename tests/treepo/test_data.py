@@ -34,11 +34,14 @@ class Tokenizer:
     chat_template = "roles"
 
     def apply_chat_template(
-        self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool, **kwargs: Any
-    ) -> str:
+        self, conversations: list, *, tokenize: bool, add_generation_prompt: bool, **kwargs: Any
+    ) -> list[str]:
         assert not tokenize and add_generation_prompt
-        extra = "".join(f"[{key}={value}]" for key, value in kwargs.items())
-        return extra + "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        start = "".join(f"[{key}={value}]" for key, value in kwargs.items())
+        return [
+            start + "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+            for messages in conversations
+        ]
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict:
         start = [1] if add_special_tokens else []
@@ -364,9 +367,12 @@ def test_a_real_tokenizer_gives_the_ids_of_its_own_template(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     (problem,) = load(tokenizer=tokenizer, size=1, task_config=CHAIN_SUM)
-    question = problem.extra_info["reasoning_gym"]
-    assert question["task"] == "chain_sum"
-    assert tokenizer.decode(problem.prompt_token_ids.tolist()) == problem.prompt_text
+    assert "State the final answer to the following arithmetic problem: " in problem.prompt_text
+    message = [{"role": "user", "content": "2 + 3 ="}]
+    (plain,) = load_file(write(tmp_path / "a.jsonl", {"prompt": "2 + 3 ="}), tokenizer=tokenizer)
+    expected = tokenizer.apply_chat_template(message, tokenize=True, add_generation_prompt=True)
+    assert plain.prompt_token_ids.tolist() == list(expected["input_ids"])
+    assert tokenizer.decode(plain.prompt_token_ids.tolist()) == plain.prompt_text
 
 
 # ---------------------------------------------------------------- generated problems
