@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ def newest_responses(run: RunFolder, count: int) -> list[str]:
     if not files or count < 1:
         return []
     texts = []
-    for line in files[-1].read_text(encoding="utf-8").splitlines()[:count]:
-        tree = json.loads(line)
+    with files[-1].open(encoding="utf-8") as stream:  # lines end at \n alone, as JSON's do
+        trees = [json.loads(line) for line in islice(stream, count)]
+    for tree in trees:
         leaves = [leaf for leaf in tree["leaves"] if leaf["reward"] is not None]
         texts.append(f"\n{files[-1].stem}, {tree['problem_id']}: {_cut(tree['nodes'][0]['text'])}")
         picked = sorted(leaves, key=lambda leaf: -leaf["reward"])

@@ -25,13 +25,13 @@ def run(tmp_path: Path) -> RunFolder:
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in (2, 10):
         leaves = [
-            {"reward": 0.0, "text": "3 + 4 = 8"},
+            {"reward": 0.0, "text": "3 + 4 = 8\u2028"},  # no line break of a file
             {"reward": None, "text": "no verdict"},
             {"reward": 1.0, "text": f"right at step {step}"},
             {"reward": 0.5, "text": "middling"},
         ]
         tree = {"problem_id": "sum-1", "nodes": [{"text": "3 + 4 [?]"}], "leaves": leaves}
-        run.trees_file(step).write_text(json.dumps(tree) + "\n")
+        run.trees_file(step).write_text(json.dumps(tree, ensure_ascii=False) + "\n")
     return run
 
 
