@@ -28,9 +28,18 @@ class RolloutWorker:
         rank: number among the rollout workers; only names it in errors.
     """
 
-    def __init__(self, model_path: str, engine_settings: EngineSettings, rank: int) -> None:
-        torch.set_num_threads(engine_settings.num_threads)
+    def __init__(self, rank: int) -> None:
         self.rank = rank
+        self._is_proved = False
+
+    def setup(self, model_path: str, engine_settings: EngineSettings) -> None:
+        """Load and probe a model; a call of its own, so that its errors reach the caller as they
+        are.
+
+        Raises:
+            ValueError: no such model, or one that the load probe refuses.
+        """
+        torch.set_num_threads(engine_settings.num_threads)
         self._engine = Engine(model_path, engine_settings)
         self._is_proved = True
 

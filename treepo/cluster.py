@@ -77,7 +77,8 @@ class Cluster:
     config: ClusterConfig
     rollout: list[Any] = field(default_factory=list)
     learners: list[Any] = field(default_factory=list)
-    _setups: list[Any] = field(default_factory=list)
+    _rollout_setups: list[Any] = field(default_factory=list)
+    _learner_setups: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Cluster:
         if self.config.address is None:
@@ -107,10 +108,8 @@ class Cluster:
             num_cpus=self.config.cpus_per_rollout_worker * share,
             num_gpus=self.config.gpus_per_rollout_worker * share,
         )
-        self.rollout = [
-            actor.remote(model_path, engine, rank)
-            for rank in range(self.config.num_rollout_workers)
-        ]
+        self.rollout = [actor.remote(rank) for rank in range(self.config.num_rollout_workers)]
+        self._rollout_setups = [worker.setup.remote(model_path, engine) for worker in self.rollout]
 
     def start_learners(self, model_path: str, settings: LearnerSettings) -> None:
         """Start the learner ranks; they meet in :meth:`wait_until_ready`."""
@@ -125,15 +124,15 @@ class Cluster:
         if world > 1:
             first = [self.learners[0].rendezvous_address.remote()]
             (address,) = self._get("learner rank", first, self.config.start_timeout_seconds)
-        self._setups = [
+        self._learner_setups = [
             learner.setup.remote(address, model_path, settings) for learner in self.learners
         ]
 
     def wait_until_ready(self) -> None:
         """Wait until every worker has loaded its model, at most ``start_timeout_seconds``."""
         timeout = self.config.start_timeout_seconds
-        self._get("rollout worker", [worker.ping.remote() for worker in self.rollout], timeout)
-        self._get("learner rank", self._setups, timeout)
+        self._get("rollout worker", self._rollout_setups, timeout)
+        self._get("learner rank", self._learner_setups, timeout)
 
     def sample(
         self, prompts: Sequence[Prompt], strategy: str, settings: Any, policy_version: int

@@ -115,7 +115,7 @@ class ClusterConfig:
 class TrainConfig:
     """Everything a training run is told."""
 
-    experiment: str = "default"  # names the folder below output_dir
+    experiment_name: str = "default"  # names the folder below output_dir
     seed: int = 0
     output_dir: str = "outputs"
     resume_mode: str = (
@@ -136,9 +136,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require("max_prompt_length", self.max_prompt_length, self.max_prompt_length >= 1, ">= 1")
         require("seed", self.seed, self.seed >= 0, ">= 0")
-        if "/" in self.experiment or not self.experiment:
+        if "/" in self.experiment_name or not self.experiment_name:
             raise ValueError(
-                f"experiment={self.experiment!r}: a folder name is wanted, without '/'"
+                f"experiment_name={self.experiment_name!r}: a folder name is wanted, without '/'"
             )
         ranks, prompts = self.cluster.num_learner_ranks, self.trainer.ppo_mini_batch_size
         if prompts < ranks:

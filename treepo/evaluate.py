@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from treepo.cli import run_command, to_yaml
 from treepo.config import TrainConfig
+from treepo.evaluation import EVALUATION_SEED
 from treepo.model_folder import find_model
 from treepo.names import check_names
 
@@ -20,6 +21,9 @@ class EvaluateConfig(TrainConfig):
 
     checkpoint: str = "???"  # a model folder or Hub name, a run, or its checkpoints/global_step_N
     output: str = ""  # folder of the results; default: <output_dir>/evaluations/<a new name>
+    # names the draws; by default those of training's own evaluations, so that a run's scores
+    # before and after training are met again
+    sampling_seed: int = EVALUATION_SEED
 
 
 def work(config: EvaluateConfig, dry_run: bool) -> None:

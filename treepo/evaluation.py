@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from treepo.data import Problem
 
 CONFIDENCE = 0.95
+# Names the draws of evaluations, the same in training and in the evaluate command, so that a model
+# gives the same responses in both.
+EVALUATION_SEED = 1_000_003
 GREEDY, SAMPLED = "greedy", "sampled"
 
 

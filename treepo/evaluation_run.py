@@ -15,8 +15,9 @@ from rewards.pool import RewardPool
 from rollout.strategies.settings import FlatSettings
 from rollout.tree import Tree
 from treepo.cluster import Cluster
-from treepo.config import strategy_settings
-from treepo.data import Problem, load_problems
+from treepo.config import TrainConfig, strategy_settings
+from treepo.data import Problem, held_out, load_problems
+from treepo.data_settings import DataSettings
 from treepo.evaluation import Evaluation, SamplingPass, evaluate, greedy_and_sampled
 from treepo.model_folder import ModelSource
 from treepo.progress import clock_time, quiet_libraries
@@ -42,10 +43,7 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
     tokenizer = load_tokenizer(
         config.model.tokenizer or source.model, trust_remote_code=config.model.trust_remote_code
     )
-    splits = {
-        name: load_problems(data, tokenizer, config.max_prompt_length)
-        for name, data in config.evaluation.splits.items()
-    }
+    splits = load_splits(config, tokenizer)
     _, strategy = strategy_settings(config)
     stops = strategy.stop_token_ids or stop_token_ids(source.model, tokenizer)
     settings = config.evaluation
@@ -54,7 +52,7 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_response_length=settings.max_response_length or strategy.max_response_length,
-        seed=config.seed,
+        seed=config.sampling_seed,
     )
     with RewardPool(config.reward) as rewards, Cluster(config=config.cluster) as cluster:
         console.print("loading the model", highlight=False)
@@ -82,6 +80,23 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
         soft_wrap=True,
     )
     return result
+
+
+def load_splits(config: TrainConfig, tokenizer: Any) -> dict[str, list[Problem]]:
+    """Held-out problems as training sees them: without those that are also trained on, unless a
+    split allows them.
+    """
+
+    def load(data: DataSettings) -> list[Problem]:
+        return load_problems(data, tokenizer, config.max_prompt_length)
+
+    settings = config.evaluation.splits
+    strict = any(data.on_overlap != "allow" for data in settings.values())
+    training = load(config.data) if strict else []
+    return {
+        name: held_out(load(data), training, name=name, on_overlap=data.on_overlap)
+        for name, data in settings.items()
+    }
 
 
 def sample_flat(

@@ -61,7 +61,7 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
     """
     outputs, text = Path(config.output_dir), to_yaml(config)
     if config.resume_mode == "disable":
-        return begin_run(outputs, config.experiment, text)
+        return begin_run(outputs, config.experiment_name, text)
     if config.resume_mode != "auto":
         run = RunFolder(path=Path(config.resume_mode).resolve())
         if not run.config_file.is_file():
@@ -76,10 +76,10 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
             )
         return run, run.lock()
     same = claim_unfinished_run(
-        outputs, config.experiment, accepts=lambda run: run.config_file.read_text() == text
+        outputs, config.experiment_name, accepts=lambda run: run.config_file.read_text() == text
     )
     if same is None:
-        return begin_run(outputs, config.experiment, text)
+        return begin_run(outputs, config.experiment_name, text)
     point_latest_at(outputs, same[0])
     return same
 

@@ -46,7 +46,8 @@ class SFTResult:
 
 def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
     """Train a fresh tiny model on demonstrations and write it, with its tokenizer, to
-    ``settings.output``.
+    ``settings.output``. The learner's process group stays open: DeepSpeed can't be set up twice with
+    different ones in a process.
 
     Raises:
         ValueError: ``settings.output`` already holds something, or settings of the data that its
@@ -77,7 +78,6 @@ def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
         shutil.rmtree(partial, ignore_errors=True)
         learner.export_hf(partial)
         digest = learner.digest()
-        learner.close()
     if output.exists():
         output.rmdir()  # empty, as checked above
     partial.rename(output)

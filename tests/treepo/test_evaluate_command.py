@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cli import compose
 from treepo.evaluate import EvaluateConfig, work
+from treepo.evaluation_run import load_splits
 
 
 def config_of(checkpoint: str, *overrides: str) -> EvaluateConfig:
@@ -81,3 +82,25 @@ def test_a_dry_run_prints_the_settings_and_samples_nothing(
     work(config, True)
     assert "held_out:" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_problems_that_are_also_trained_on_are_left_out_as_in_training(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    for name, sums in (("train", ["1 + 2", "3 + 4"]), ("test", ["3 + 4", "5 + 6"])):
+        rows = [{"question": text, "answer": "#### 7"} for text in sums]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        "rollout=flat",
+        "rollout.n=1",
+        "data=file",
+        f"data.files=[{tmp_path}/train.jsonl]",
+        f"+evaluation.splits={{test: {{source: file, files: [{tmp_path}/test.jsonl]}}}}",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    splits = load_splits(config_of(str(tiny_model_path), *overrides), tokenizer)
+    (only,) = splits["test"]
+    assert "5 + 6" in only.prompt_text
+    allowed = [*overrides, "+evaluation.splits.test.on_overlap=allow"]
+    splits = load_splits(config_of(str(tiny_model_path), *allowed), tokenizer)
+    assert len(splits["test"]) == 2

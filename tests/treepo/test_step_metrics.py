@@ -69,7 +69,9 @@ def test_failed_verdicts_are_counted_and_stay_out_of_the_means():
     assert metrics["critic/score/mean"] == pytest.approx(1 / 4)
     assert metrics["critic/accuracy"] == pytest.approx(1 / 4)
     assert metrics["frac_reward_zero_std"] == 0.5
-    counts = {name: metrics[f"reward/outcome/{name}"] for name in (SCORED, UNPARSABLE, TIMEOUT, ERROR)}
+    counts = {
+        name: metrics[f"reward/outcome/{name}"] for name in (SCORED, UNPARSABLE, TIMEOUT, ERROR)
+    }
     assert counts == {SCORED: 3, UNPARSABLE: 1, TIMEOUT: 1, ERROR: 1}
 
 

@@ -1,0 +1,98 @@
+"""What a user can get wrong is one clear error before any work."""
+
+import json
+import shutil
+
+import pytest
+from training_runs import SMALL, run
+
+from treepo.cli import compose
+from treepo.config import TrainConfig
+from treepo.loop import train
+from treepo.names import check_names
+from treepo.sizes import derived_sizes
+
+
+def configure(tmp_path, *overrides: str) -> TrainConfig:
+    return compose("train", TrainConfig, [*SMALL, f"output_dir={tmp_path}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.strategy=tre", "unknown rollout strategy 'tre'.*flat, treepo"),
+        ("algorithm.adv_estimator=trepo", "unknown advantage estimator.*grpo.*treepo"),
+        ("trainer.learner.policy_loss.name=ppo", "unknown policy loss.*ppo_clip"),
+        ("reward.parts.reasoning_gym.name=maths", "unknown reward 'maths'.*math"),
+        ("data.source=internet", "unknown data source.*file.*hub.*reasoning_gym"),
+        ("rollout.branching=odd", "unknown branching rule 'odd'.*even"),
+        ("+rollout.treeness=3", "'treeness' is not used.*segment_length"),
+        ("trainer.ppo_mini_batch_size=3", "does not divide.*nearest that do: 2 or 4"),
+        ("cluster.num_learner_ranks=3", "never have a tree"),
+        ("rollout.segment_length=4", "segment_length=4 x max_depth=8.*max_depth=16"),
+        ("engine.num_kv_slots=100", "cannot hold one path of 128 tokens"),
+        ("trainer.learner.max_tokens_per_micro_batch=256", "largest tree of 320 tokens"),
+        ("model.path=no/such/folder", "no such folder"),
+        ("model.path=asset:huge", "not shipped; shipped: tiny_chain_sum"),
+        ("experiment_name=a/b", "folder name"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        config = configure(tmp_path, override)
+        check_names(config)
+        derived_sizes(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.num_rollout_workers=400"], "not enough CPUs.*400.*missing.*Lower the numbers"),
+        (["cluster.gpus_per_learner_rank=64"], "not enough GPUs.*64"),
+        (["max_prompt_length=8"], "more than max_prompt_length=8"),
+        (["trainer.train_batch_size=128", "data.size=10"], "batch of 128.*from 10"),
+        (["resume_mode=nowhere"], "neither auto nor disable, nor a run's folder"),
+    ],
+)
+def test_what_shows_only_when_a_run_is_opened_stops_it_before_any_work(
+    tmp_path, overrides, message
+):
+    with pytest.raises(ValueError, match=message):
+        train(configure(tmp_path, *overrides))
+
+
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": "", "answer": "x"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2"):
+        train(configure(tmp_path, "data.source=file", f"data.files=[{rows}]"))
+
+
+def test_a_model_that_the_load_probe_refuses_is_one_clear_error(tmp_path, tiny_model_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    folder = tmp_path / "recurrent"
+    shutil.copytree(tiny_model_path, folder)
+    (folder / "model.safetensors").unlink()
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    MambaForCausalLM(
+        MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=1, state_size=4)
+    ).save_pretrained(folder)
+    done = run(tmp_path / "outputs", f"model.path={folder}")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "mamba" in line.lower()
+
+
+def test_an_unknown_key_on_the_command_line_ends_with_its_name(tmp_path):
+    done = run(tmp_path, "trainer.total_step=3")
+    assert done.returncode != 0
+    assert "total_step" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_without_its_completion_marker_is_refused(tmp_path):
+    from treepo.checkpoint import check_complete
+
+    (tmp_path / "global_step_5").mkdir()
+    with pytest.raises(ValueError, match="completion marker"):
+        check_complete(tmp_path / "global_step_5")

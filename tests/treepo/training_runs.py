@@ -1,0 +1,52 @@
+"""Small training runs for tests, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = [
+    "+experiment=quickstart",
+    "data.size=64",
+    "rollout.n=4",
+    "rollout.initial_divergence_min=2",
+    "rollout.initial_divergence_max=2",
+    "trainer.train_batch_size=4",
+    "trainer.ppo_mini_batch_size=2",
+    "trainer.save_trees_freq=1",
+    "trainer.learner.num_threads=1",
+    "evaluation.splits.held_out.size=8",
+    "evaluation.splits.longer.size=8",
+    "evaluation.num_samples=2",
+    "cluster.num_rollout_workers=1",
+    "reward.num_workers=1",
+]
+
+
+def command(outputs: Path, *overrides: str) -> list[str]:
+    """``python -m treepo.train`` on a few problems, writing below ``outputs``."""
+    return [sys.executable, "-m", "treepo.train", *SMALL, f"output_dir={outputs}", *overrides]
+
+
+def start(outputs: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run as a process of its own; its output is read through a pipe."""
+    return subprocess.Popen(
+        command(outputs, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the caller looks at ``returncode``."""
+    return subprocess.run(
+        command(outputs, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "COLUMNS": "200"},
+    )
