@@ -46,8 +46,8 @@ class SFTResult:
 
 def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
     """Train a fresh tiny model on demonstrations and write it, with its tokenizer, to
-    ``settings.output``. The learner's process group stays open: DeepSpeed can't be set up twice with
-    different ones in a process.
+    ``settings.output``. The learner's process group stays open: DeepSpeed can't be set up twice
+    with different ones in a process.
 
     Raises:
         ValueError: ``settings.output`` already holds something, or settings of the data that its
