@@ -101,6 +101,6 @@ def test_problems_that_are_also_trained_on_are_left_out_as_in_training(
     splits = load_splits(config_of(str(tiny_model_path), *overrides), tokenizer)
     (only,) = splits["test"]
     assert "5 + 6" in only.prompt_text
-    allowed = [*overrides, "+evaluation.splits.test.on_overlap=allow"]
+    allowed = [*overrides, "evaluation.splits.test.on_overlap=allow"]
     splits = load_splits(config_of(str(tiny_model_path), *allowed), tokenizer)
     assert len(splits["test"]) == 2
