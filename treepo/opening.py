@@ -57,7 +57,7 @@ def open_session(
         settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
     progress.stage("starting the workers")
     with (
-        RewardPool(config.reward) as rewards,
+        RewardPool(config.reward, wait=False) as rewards,
         Cluster(config=config.cluster) as cluster,
         Tracker(
             config.tracking,
@@ -72,6 +72,7 @@ def open_session(
         cluster.start_rollout(model_path, config.engine)
         cluster.start_learners(model_path, learner_settings(config))
         cluster.wait_until_ready()
+        rewards.wait_until_ready()
         if checkpoint:
             restore(cluster, checkpoint, state, run)
         yield Session(

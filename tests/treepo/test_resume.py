@@ -1,0 +1,90 @@
+"""A run killed at any point goes on to the same end as one that was left alone."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import run, start
+
+from treepo.tracking import read_rows
+
+pytestmark = pytest.mark.long
+
+OVERRIDES = ("trainer.total_steps=6", "trainer.save_freq=2", "trainer.keep_checkpoints=9")
+
+
+def wait_for(condition, process, seconds: float = 240) -> None:
+    """Poll until ``condition()``; fail if the process ends or time runs out first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.02)
+
+
+def num_rows(outputs: Path) -> int:
+    return len(read_rows(outputs / "latest" / "metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    outputs = tmp_path_factory.mktemp("uninterrupted")
+    done = run(outputs, *OVERRIDES)
+    assert done.returncode == 0, done.stderr
+    return (outputs / "latest").resolve()
+
+
+def kill_and_resume(outputs: Path, when) -> Path:
+    process = start(outputs, *OVERRIDES)
+    wait_for(lambda: (outputs / "latest").exists() and when(), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed = (outputs / "latest").resolve()
+    done = run(outputs, *OVERRIDES)
+    assert done.returncode == 0, done.stderr
+    assert (outputs / "latest").resolve() == killed, "a new run was begun instead"
+    return killed
+
+
+def same_end(one: Path, other: Path) -> None:
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for name in ("digest", "before", "after", "steps"):
+        assert summaries[0][name] == summaries[1][name], name
+    rows = [read_rows(run / "metrics.jsonl") for run in (one, other)]
+    for name in ("step", "critic/score/mean", "actor/pg_loss", "rollout/query_tokens"):
+        assert [r[name] for r in rows[0]] == [r[name] for r in rows[1]], name
+    for step in range(1, 7):
+        trees = [(run / "trees" / f"step_{step}.jsonl").read_text() for run in (one, other)]
+        assert trees[0] == trees[1], f"trees of step {step}"
+
+
+def test_sigkill_after_a_checkpoint_is_resumed_to_the_same_weights(uninterrupted, tmp_path):
+    killed = kill_and_resume(tmp_path, lambda: num_rows(tmp_path) >= 3)
+    same_end(uninterrupted, killed)
+
+
+def test_sigkill_before_the_first_checkpoint_starts_the_same_run_over(uninterrupted, tmp_path):
+    killed = kill_and_resume(tmp_path, lambda: num_rows(tmp_path) >= 1)
+    same_end(uninterrupted, killed)
+
+
+def test_sigkill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
+    uninterrupted, tmp_path
+):
+    def writing() -> bool:
+        return (tmp_path / "latest" / "checkpoints" / ".global_step_4.partial").exists()
+
+    killed = kill_and_resume(tmp_path, writing)
+    same_end(uninterrupted, killed)
+
+
+def test_a_second_start_after_the_end_is_a_new_run(uninterrupted):
+    outputs = uninterrupted.parent.parent
+    done = run(outputs, *OVERRIDES)
+    assert done.returncode == 0, done.stderr
+    again = (outputs / "latest").resolve()
+    assert again != uninterrupted
+    same_end(uninterrupted, again)  # and, with the same seed, to the same weights
