@@ -453,11 +453,10 @@ class Engine:
         """``count`` more slots for ``node``, next to what precedes them if possible. They must be
         free.
         """
-        before = node if len(node.slots) else node.parent
-        near = int(before.slots[-1]) if before is not None and len(before.slots) else -1
-        slots = self.pool.allocate_after(near, count) if len(node.slots) else None
-        if slots is None:
-            slots = self.pool.allocate(count)
+        if len(node.slots):
+            slots = self.pool.allocate_after(int(node.slots[-1]), count)
+        else:
+            slots = self.pool.allocate(count, at_end=node.is_open)
         assert slots is not None
         self.tree.set_slots(node, np.concatenate([node.slots, slots]))
         return slots

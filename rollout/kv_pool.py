@@ -42,15 +42,20 @@ class KVPool:
         tensors = [*self.keys.values(), *self.values.values()]
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
-    def allocate(self, count: int) -> np.ndarray | None:
+    def allocate(self, count: int, *, at_end: bool = False) -> np.ndarray | None:
         """``count`` slots (int64, ascending runs; one run where there is one), or None when fewer
         are free.
+
+        Args:
+            at_end: from the end of the pool. Growing segments go there, so that they lie side by
+                side, not between prompts of any length.
         """
         if count > self.num_free:
             return None
-        for i, length in enumerate(self._lengths):
-            if length >= count:
-                return self._take(i, count)
+        order = range(len(self._lengths))
+        for i in reversed(order) if at_end else order:
+            if self._lengths[i] >= count:
+                return self._take(i, count, at_end=at_end)
         pieces = []
         while count:
             piece = self._take(0, min(count, self._lengths[0]))
@@ -98,13 +103,16 @@ class KVPool:
         """Free space as (start, length), ascending."""
         return list(zip(self._starts, self._lengths, strict=True))
 
-    def _take(self, i: int, count: int) -> np.ndarray:
+    def _take(self, i: int, count: int, *, at_end: bool = False) -> np.ndarray:
         start, length = self._starts[i], self._lengths[i]
         if count == length:
             del self._starts[i], self._lengths[i]
         else:
-            self._starts[i] = start + count
             self._lengths[i] = length - count
+            if at_end:
+                start += length - count
+            else:
+                self._starts[i] = start + count
         self.num_free -= count
         return np.arange(start, start + count, dtype=np.int64)
 

@@ -96,6 +96,7 @@ class _Run:
                     yield index, finished
             self._submit()
             for growing, results in self._deliveries(self.engine.step()):
+                growing.outstanding -= len(results)
                 growing.state, requests = self.strategy.advance(growing.state, results)
                 finished = self._take(growing, requests)
                 if finished is not None:
@@ -172,7 +173,6 @@ class _Run:
             growing, request = self.submitted.pop(completion.request_id)
             self.engine.soften(completion.node)
             growing.segments.append(completion.node)
-            growing.outstanding -= 1
             results.append((growing, _result(request, completion)))
         if self.rng is not None:
             return [(results[i][0], [results[i][1]]) for i in self.rng.permutation(len(results))]

@@ -262,6 +262,7 @@ class NodePlan:
 
     def _make(self, spans: list[Span], window: int | None) -> tuple[SpanBatch, np.ndarray]:
         """One batch, and for each of its B * R partial results the row it belongs to (-1: none)."""
+        spans = sorted(spans, key=lambda span: int(span.slots[0]))
         size = len(spans)
         counts = np.array([span.num_rows for span in spans])
         lengths = np.array([span.length for span in spans])

@@ -1,0 +1,164 @@
+"""Many trees as one batch: the same trees under every order, sharing and shortage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCABULARY, path_logprobs, tiny_model
+
+from rollout.engine import Engine
+from rollout.scheduler import generate, generate_all, num_unique_tokens
+from rollout.settings import EngineSettings
+from rollout.strategies.base import STRATEGIES, Prompt
+from rollout.strategies.settings import FlatSettings, TreePOSettings
+from treepo.base.keys import root_key
+
+STOP = 4
+FLAT = FlatSettings(n=5, max_response_length=20, stop_token_ids=[STOP])
+TREE = TreePOSettings(
+    n=6,
+    segment_length=5,
+    max_depth=4,
+    max_response_length=20,
+    initial_divergence_min=2,
+    initial_divergence_max=3,
+    stop_token_ids=[STOP],
+)
+STRATEGY = {"flat": FLAT, "treepo": TREE}
+
+
+def prompts(n=5):
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(
+            problem_id=f"p{i}",
+            token_ids=np.concatenate(
+                [[7, 8, 9], rng.integers(0, VOCABULARY, int(rng.integers(1, 7)))]
+            ).astype(np.int32),
+            root_key=root_key(0, i),
+        )
+        for i in range(n)
+    ]
+
+
+def make_engine(**settings) -> Engine:
+    settings.setdefault("num_kv_slots", 2048)
+    return Engine(tiny_model("gpt2", torch.float64), EngineSettings(**settings))
+
+
+def grow(name, order_seed=None, **settings):
+    engine = make_engine(**settings)
+    strategy = STRATEGIES.get(name)(STRATEGY[name])
+    trees = generate_all(engine, strategy, prompts(), order_seed=order_seed)
+    assert engine.is_idle
+    engine.check_integrity()
+    return trees, engine
+
+
+@pytest.mark.parametrize("name", ["flat", "treepo"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"order_seed": 1},
+        {"order_seed": 2},
+        {"share_prefixes": False},
+        {"share_prefixes": False, "order_seed": 3},
+        {"attention": "reference"},
+        {"num_kv_slots": 72},
+        {"max_running_requests": 1},
+        {"max_running_requests": 3, "order_seed": 4, "num_kv_slots": 128},
+    ],
+    ids=str,
+)
+def test_trees_do_not_depend_on_service_order_sharing_or_shortage(name, change):
+    expected, _ = grow(name)
+    found, _ = grow(name, **change)
+    assert [tree.problem_id for tree in found] == [f"p{i}" for i in range(5)]
+    assert all(a.same_tokens(b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flat", "treepo"])
+def test_recorded_log_probs_are_those_of_a_fresh_forward(name):
+    trees, engine = grow(name)
+    for tree in trees:
+        for leaf in tree.leaves:
+            path = tree.path(leaf)
+            recorded = np.concatenate([tree.segments[i].logprobs for i in path])
+            fresh = path_logprobs(engine.model, tree.path_token_ids(leaf))
+            start = tree.segments[0].num_tokens
+            assert np.abs(recorded - fresh)[start:].max() < 2e-6
+
+
+def test_two_workers_give_the_trees_of_one():
+    expected, _ = grow("treepo")
+    strategy = STRATEGIES.get("treepo")(TREE)
+    halves = [prompts()[0::2], prompts()[1::2]]
+    found = {
+        tree.problem_id: tree for half in halves for tree in generate(make_engine(), strategy, half)
+    }
+    assert all(tree.same_tokens(found[tree.problem_id]) for tree in expected)
+
+
+def test_sharing_forwards_each_token_once_and_no_sharing_forwards_more():
+    trees, engine = grow("treepo")
+    costs = engine.metrics()
+    generated = sum(s.num_tokens for tree in trees for s in tree.segments if s.sampled)
+    # A fallback cuts trees, so some sampled tokens may be recorded twice.
+    assert costs.generated_tokens <= generated + sum(t.counters.fallbacks for t in trees) * 20
+    assert costs.unique_tokens == sum(num_unique_tokens(tree) for tree in trees)
+    _, private = grow("treepo", share_prefixes=False)
+    assert private.metrics().query_tokens > 1.5 * costs.query_tokens
+    assert private.metrics().generated_tokens == costs.generated_tokens
+
+
+def test_the_unique_minimum_of_flat_sampling_is_reached_less_shared_prompt_tokens():
+    trees, engine = grow("flat")
+    by_hand = sum(
+        tree.segments[0].num_tokens + sum(s.num_tokens - 1 for s in tree.segments[1:])
+        for tree in trees
+    )
+    assert sum(map(num_unique_tokens, trees)) == by_hand
+    shared = 3 * (len(trees) - 1)  # all prompts begin with the same three tokens
+    assert engine.metrics().query_tokens <= by_hand
+    assert engine.metrics().query_tokens >= by_hand - shared - len(trees)
+
+
+def test_only_prompts_stay_cached_when_the_trees_are_done():
+    _, engine = grow("treepo")
+    distinct = {tuple(p.token_ids[: i + 1]) for p in prompts() for i in range(len(p.token_ids))}
+    assert engine.pool.num_held == len(distinct)
+    assert engine.tree.num_protected == 0
+
+
+def test_trees_are_handed_on_as_they_finish():
+    engine = make_engine(max_running_requests=5)
+    stream = generate(engine, STRATEGIES.get("flat")(FLAT), prompts())
+    first = next(stream)
+    assert first.problem_id == "p0" and not engine.is_idle or engine.num_waiting >= 0
+    stream.close()
+    assert engine.is_idle
+    engine.check_integrity()
+    assert engine.tree.num_protected == 0
+
+
+def test_a_path_too_long_for_the_pool_is_one_clear_error_and_leaves_nothing_behind():
+    engine = make_engine(num_kv_slots=64)
+    strategy = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=60))
+    with pytest.raises(ValueError, match="num_kv_slots=64 is too small"):
+        list(generate(engine, strategy, prompts()))
+    assert engine.is_idle and engine.tree.num_protected == 0
+    engine.check_integrity()
+
+
+def test_an_engine_path_that_differs_from_the_record_is_caught():
+    engine = make_engine()
+    strategy = STRATEGIES.get("treepo")(TREE)
+    inner = engine.append
+
+    def cutting(node, token_ids):
+        return inner(node, token_ids[:-1]) if len(token_ids) > 1 else inner(node, token_ids)
+
+    engine.append = cutting
+    with pytest.raises(AssertionError, match="differs from the recorded"):
+        list(generate(engine, strategy, prompts()))
