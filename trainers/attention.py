@@ -22,13 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "packed_tree"
 
 _QUERIES_A_PIECE = 256  # chains are cut to this many queries: halves the causal triangle's waste
-_PAIRS_A_CALL = 1 << 22  # query-key pairs of one call: bounds the memory of masks and gathers
+_PAIRS_A_CALL = 1 << 22  # query-key pairs of one call: bounds the memory of its mask and gathers
 _PAIRS_A_CALL_COSTS = 1 << 15  # padding up to this many pairs is cheaper than one more call
+# Rows of more pairs than this don't keep masks and gathered keys for the backward pass: there they
+# are made again, a call at a time.
+_PAIRS_KEPT = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,29 @@ class _Rectangles:
 
     queries: torch.Tensor  # int64 [B, Q]
     keys: torch.Tensor  # int64 [B, K]
-    visible: torch.Tensor  # bool [B, Q, K]; padded queries see the first key
+    query_at: torch.Tensor  # int64 [B, Q], the query's own place among the keys; -1 in padding
+    window: int | None
+    query_position: torch.Tensor  # int64 [B, Q]
+    key_position: torch.Tensor  # int64 [B, K]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.queries.numel() * self.keys.shape[1]
+
+    def visible(self) -> torch.Tensor:
+        """bool [B, Q, K]; padded queries see the first key, so that no softmax is empty."""
+        place = torch.arange(self.keys.shape[1], device=self.keys.device)
+        visible = place <= self.query_at.clamp(min=0)[:, :, None]
+        if self.window is not None:
+            near = self.query_position[:, :, None] - self.key_position[:, None, :] < self.window
+            visible &= near | (self.query_at < 0)[:, :, None]
+        return visible
+
+    def bias(self, dtype: torch.dtype, groups: int) -> torch.Tensor:
+        """Additive mask [B, 1, groups * Q, K]."""
+        visible = self.visible()
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return bias.masked_fill_(~visible, float("-inf")).repeat(1, groups, 1).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +80,10 @@ class _Plan:
 
     calls: tuple[_Rectangles, ...]
     output_row: torch.Tensor  # int64 [T]
+
+    @property
+    def is_kept(self) -> bool:
+        return sum(call.num_pairs for call in self.calls) <= _PAIRS_KEPT
 
 
 @dataclass(slots=True, eq=False)
@@ -64,9 +94,12 @@ class PackedTreeContext:
     position_ids: torch.Tensor  # int64 [T]
     device: torch.device
     _plans: dict[int | None, _Plan] = field(default_factory=dict)
-    _biases: dict[tuple[int | None, torch.dtype], list[torch.Tensor]] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype, int], list[torch.Tensor]] = field(
+        default_factory=dict
+    )
 
     def plan(self, window: int | None) -> _Plan:
+        """The calls of a layer with this window (in tokens; None: sees everything before it)."""
         if window not in self._plans:
             self._plans[window] = _make_plan(
                 self.visible_until.cpu().numpy(),
@@ -76,16 +109,14 @@ class PackedTreeContext:
             )
         return self._plans[window]
 
-    def biases(self, window: int | None, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Additive masks of the plan's calls, [B, 1, Q, K] in the query's dtype."""
-        if (window, dtype) not in self._biases:
-            self._biases[window, dtype] = [
-                torch.zeros(call.visible.shape, dtype=dtype, device=self.device)
-                .masked_fill_(~call.visible, float("-inf"))
-                .unsqueeze(1)
-                for call in self.plan(window).calls
-            ]
-        return self._biases[window, dtype]
+    def kept_biases(
+        self, window: int | None, dtype: torch.dtype, groups: int
+    ) -> list[torch.Tensor]:
+        """Additive masks of the plan's calls, made once for all layers."""
+        key = (window, dtype, groups)
+        if key not in self._biases:
+            self._biases[key] = [call.bias(dtype, groups) for call in self.plan(window).calls]
+        return self._biases[key]
 
 
 def register() -> None:
@@ -131,47 +162,59 @@ def packed_tree_attention(
         )
     assert dropout == 0.0, "attention dropout must be switched off"
     assert query.shape[0] == 1, f"one packed row at a time, got a batch of {query.shape[0]}"
-    num_heads, num_tokens, head_dim = query.shape[1:]
-    num_kv_heads, value_dim = value.shape[1], value.shape[3]
+    num_tokens, value_dim = query.shape[2], value.shape[3]
+    groups = query.shape[1] // key.shape[1]
     plan = packed_tree.plan(sliding_window)
-    biases = packed_tree.biases(sliding_window, query.dtype)
 
     def rows(states: torch.Tensor) -> torch.Tensor:  # [1, h, T, d] -> [T, h * d]
         return states[0].transpose(0, 1).reshape(num_tokens, -1)
 
-    query_rows, key_rows, value_rows = rows(query), rows(key), rows(value)
-    outputs = []
-    for call, bias in zip(plan.calls, biases, strict=True):
+    def run(
+        call: _Rectangles,
+        bias: torch.Tensor | None,
+        query_rows: torch.Tensor,
+        key_rows: torch.Tensor,
+        value_rows: torch.Tensor,
+    ) -> torch.Tensor:
         # F.embedding is a row gather whose backward adds rows fast on CPU (index_add does not).
-        q = F.embedding(call.queries, query_rows).unflatten(-1, (num_heads, head_dim))
-        k = F.embedding(call.keys, key_rows).unflatten(-1, (num_kv_heads, head_dim))
-        v = F.embedding(call.keys, value_rows).unflatten(-1, (num_kv_heads, value_dim))
-        out = _attend(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, scaling, softcap, s_aux
-        )
-        outputs.append(out.transpose(1, 2).reshape(-1, num_heads * value_dim))
+        # Query heads that share a key head are stacked as more queries of it.
+        q = F.embedding(call.queries, query_rows).unflatten(-1, (-1, groups, query.shape[3]))
+        k = F.embedding(call.keys, key_rows).unflatten(-1, (-1, key.shape[3])).transpose(1, 2)
+        v = F.embedding(call.keys, value_rows).unflatten(-1, (-1, value_dim)).transpose(1, 2)
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, groups * Q, D]
+        mask = call.bias(query.dtype, groups) if bias is None else bias
+        out = _attend(q, k, v, mask, scaling, softcap, s_aux)
+        out = out.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4)
+        return out.reshape(call.queries.numel(), -1)
+
+    states = (rows(query), rows(key), rows(value))
+    if plan.is_kept:
+        biases = packed_tree.kept_biases(sliding_window, query.dtype, groups)
+        outputs = [run(*each, *states) for each in zip(plan.calls, biases, strict=True)]
+    elif torch.is_grad_enabled():
+        outputs = [
+            checkpoint(run, call, None, *states, use_reentrant=False, preserve_rng_state=False)
+            for call in plan.calls
+        ]
+    else:
+        outputs = [run(call, None, *states) for call in plan.calls]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     output = F.embedding(plan.output_row, joined)
-    return output.view(1, num_tokens, num_heads, value_dim), None
+    return output.view(1, num_tokens, -1, value_dim), None
 
 
 def _attend(
-    query: torch.Tensor,  # [B, H, Q, D]
+    query: torch.Tensor,  # [B, Hkv, groups * Q, D]
     key: torch.Tensor,  # [B, Hkv, K, D]
     value: torch.Tensor,  # [B, Hkv, K, Dv]
-    bias: torch.Tensor,  # [B, 1, Q, K]
+    bias: torch.Tensor,  # [B, 1, groups * Q, K]
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,  # [H]
 ) -> torch.Tensor:
-    """[B, H, Q, Dv]."""
+    """[B, Hkv, groups * Q, Dv]."""
     if softcap is None and sinks is None:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=grouped
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -180,7 +223,10 @@ def _attend(
     if sinks is None:
         return scores.softmax(-1, dtype=dtype).to(value.dtype) @ value
     # A sink is one more score a head, which takes probability and has no value.
-    sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    num_kv_heads, num_rows = query.shape[1:3]
+    queries_a_head = num_rows * num_kv_heads // sinks.numel()
+    sink = sinks.to(scores.dtype).view(num_kv_heads, -1).repeat_interleave(queries_a_head, dim=1)
+    sink = sink[None, :, :, None].expand(len(scores), -1, -1, -1)
     probs = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=dtype)[..., :-1]
     return probs.to(value.dtype) @ value
 
@@ -195,7 +241,7 @@ def _make_plan(
         num_keys = max(len(piece.keys) for piece in group)
         queries = np.zeros((len(group), num_queries), np.int64)
         keys = np.zeros((len(group), num_keys), np.int64)
-        query_at = np.full((len(group), num_queries), -1)  # index of the query on its path
+        query_at = np.full((len(group), num_queries), -1)
         query_position = np.zeros((len(group), num_queries), np.int64)
         key_position = np.zeros((len(group), num_keys), np.int64)
         for row, piece in enumerate(group):
@@ -207,15 +253,14 @@ def _make_plan(
             key_position[row, :total] = positions[piece.keys]
             output_row[piece.queries] = used + np.arange(count)
             used += num_queries
-        visible = np.arange(num_keys) <= query_at[:, :, None]
-        if window is not None:
-            visible &= query_position[:, :, None] - key_position[:, None, :] < window
-        visible[:, :, 0] |= query_at < 0
         calls.append(
             _Rectangles(
-                torch.from_numpy(queries).to(device),
-                torch.from_numpy(keys).to(device),
-                torch.from_numpy(visible).to(device),
+                queries=torch.from_numpy(queries).to(device),
+                keys=torch.from_numpy(keys).to(device),
+                query_at=torch.from_numpy(query_at).to(device),
+                window=window,
+                query_position=torch.from_numpy(query_position).to(device),
+                key_position=torch.from_numpy(key_position).to(device),
             )
         )
     return _Plan(tuple(calls), torch.from_numpy(output_row).to(device))
@@ -257,7 +302,7 @@ def _group(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
             queries = max(num_queries, len(piece.queries))
             pairs = (len(groups[-1]) + 1) * queries * num_keys
             waste = pairs - useful - own
-            if pairs <= _PAIRS_A_CALL and waste <= max(_PAIRS_A_CALL_COSTS, (useful + own) // 2):
+            if pairs <= _PAIRS_A_CALL and waste <= max(_PAIRS_A_CALL_COSTS, (useful + own) // 8):
                 groups[-1].append(piece)
                 num_queries, useful = queries, useful + own
                 continue

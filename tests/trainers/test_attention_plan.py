@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from token_trees import random_tree, token_tree
 
 from trainers import attention
-from trainers.packing import pack_row
+from trainers.packing import pack_row, path_tree
 
 
 def dense_mask(row, window=None):
@@ -47,8 +47,9 @@ def test_the_calls_of_a_plan_hold_exactly_the_visible_pairs_once(
     seen = torch.zeros(row.num_tokens, row.num_tokens, dtype=torch.int64)
     plan = context_of(row).plan(window)
     rows = [
-        (queries, call.keys[b], call.visible[b, at])
+        (queries, call.keys[b], visible[b, at])
         for call in plan.calls
+        for visible in [call.visible()]
         for b in range(len(call.queries))
         for at, queries in enumerate(call.queries[b].tolist())
     ]
@@ -59,9 +60,13 @@ def test_the_calls_of_a_plan_hold_exactly_the_visible_pairs_once(
     assert torch.equal(seen, dense_mask(row, window).long())
 
 
+@pytest.mark.parametrize("pairs_kept", [0, 1 << 24])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attention_and_its_gradients_equal_the_dense_mask(num_kv_heads, window):
+def test_attention_and_its_gradients_equal_the_dense_mask(
+    num_kv_heads, window, pairs_kept, monkeypatch
+):
+    monkeypatch.setattr(attention, "_PAIRS_KEPT", pairs_kept)
     row = row_of(1)
     generator = torch.Generator().manual_seed(0)
 
@@ -95,7 +100,7 @@ def test_attention_and_its_gradients_equal_the_dense_mask(num_kv_heads, window):
 def test_work_is_near_the_visible_pairs_and_far_from_the_square_of_the_row():
     rng = random.Random(0)
     row = pack_row([token_tree(random_tree(rng, segment=40, depth=3)) for _ in range(8)])
-    pairs = sum(call.visible.numel() for call in context_of(row).plan(None).calls)
+    pairs = sum(call.num_pairs for call in context_of(row).plan(None).calls)
     visible = int(dense_mask(row).sum())
     assert pairs < 3.5 * visible and pairs < row.num_tokens**2 / 10
 
@@ -109,6 +114,31 @@ def test_a_long_chain_is_cut_and_a_window_drops_the_keys_before_it():
     assert sum(len(p.queries) * len(p.keys) for p in pieces) < 0.6 * length**2
     windowed = attention._cut_into_pieces(visible_until, positions, 64)
     assert max(len(piece.keys) for piece in windowed) == 256 + 63
+
+
+def test_a_long_row_keeps_no_mask_and_no_gathered_keys_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(attention, "_QUERIES_A_PIECE", 16)
+    row = pack_row([path_tree(torch.zeros(512, dtype=torch.int64))])
+
+    def bytes_saved(pairs_kept):
+        monkeypatch.setattr(attention, "_PAIRS_KEPT", pairs_kept)
+        states = [torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3)]
+        storages = {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out, _ = attention.packed_tree_attention(
+                torch.nn.Identity(), *states, None, packed_tree=context_of(row)
+            )
+        return sum(storages.values()), out
+
+    kept, _ = bytes_saved(1 << 24)
+    recomputed, out = bytes_saved(0)
+    out.sum().backward()
+    assert recomputed < kept / 5
 
 
 def test_calling_without_a_row_says_what_is_missing():
