@@ -37,7 +37,7 @@ CURVES = (
     "perf/throughput",
     "timing_s/step",
 )
-_WIDTH = 40  # characters of a curve
+_WIDTH = 24  # characters of a curve
 _LINES = 12  # of a sample's text
 
 
@@ -81,9 +81,11 @@ def report(run: RunFolder, samples: int, console: Console) -> None:
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line a metric: its course, and its first, last, smallest and largest value."""
-    table = Table("metric", "course", title="Training", title_justify="left")
+    table = Table(title="Training", title_justify="left")
+    table.add_column("metric", no_wrap=True, overflow="fold", min_width=max(map(len, CURVES)))
+    table.add_column("course", no_wrap=True)
     for name in ("first", "last", "min", "max"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     held_out = sorted({n for row in rows for n in row if n.startswith("val-core/")})
     for name in (*CURVES, *held_out):
         values = _numbers(rows, name)
@@ -91,7 +93,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Table:
             low, high = min(values), max(values)
             scaled = [(v - low) / (high - low) if high > low else 0.5 for v in values]
             numbers = (values[0], values[-1], low, high)
-            table.add_row(name, sparkline(scaled, _WIDTH), *(f"{v:.4g}" for v in numbers))
+            table.add_row(name, sparkline(scaled, _WIDTH), *(f"{v:.3g}" for v in numbers))
     return table
 
 
