@@ -37,7 +37,7 @@ CURVES = (
     "perf/throughput",
     "timing_s/step",
 )
-_WIDTH = 24  # characters of a curve
+_WIDTH = 20  # characters of a curve
 _LINES = 12  # of a sample's text
 
 
@@ -80,11 +80,11 @@ def report(run: RunFolder, samples: int, console: Console) -> None:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line a metric: its course, and its first, last, smallest and largest value."""
+    """A line a metric: its course between its smallest and largest value, and both ends."""
     table = Table(title="Training", title_justify="left")
     table.add_column("metric", no_wrap=True, overflow="fold", min_width=max(map(len, CURVES)))
     table.add_column("course", no_wrap=True)
-    for name in ("first", "last", "min", "max"):
+    for name in ("first", "last"):
         table.add_column(name, justify="right", no_wrap=True)
     held_out = sorted({n for row in rows for n in row if n.startswith("val-core/")})
     for name in (*CURVES, *held_out):
@@ -92,8 +92,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Table:
         if values:
             low, high = min(values), max(values)
             scaled = [(v - low) / (high - low) if high > low else 0.5 for v in values]
-            numbers = (values[0], values[-1], low, high)
-            table.add_row(name, sparkline(scaled, _WIDTH), *(f"{v:.3g}" for v in numbers))
+            ends = (f"{values[0]:.3g}", f"{values[-1]:.3g}")
+            table.add_row(name, sparkline(scaled, _WIDTH), *ends)
     return table
 
 
