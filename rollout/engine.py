@@ -110,6 +110,7 @@ class _Batch:
     source: np.ndarray | None  # [requests], index in ``wanted``; None: one each, in order
     rows: np.ndarray  # [requests], table rows
     is_steady: bool  # every block is the last token of an open node
+    goes_on: np.ndarray | None = None  # bool [requests], those that did not end with this forward
 
 
 class Engine:
@@ -570,7 +571,7 @@ class Engine:
 
     @torch.inference_mode()
     def _decode(self) -> None:
-        batch = self._batch if self._batch is not None else self._gather_batch()
+        batch = self._next_batch()
         logits = self._run(batch, batch.wanted)
         if batch.source is not None:
             logits = logits[torch.from_numpy(batch.source).to(logits.device)]
@@ -591,10 +592,23 @@ class Engine:
                 self._finish(by_row[int(batch.rows[i])], STOP if stopped[i] else LENGTH)
             self._running = [request for request in self._running if request.leaf is not None]
         changed = self._reserve(batch.rows[~over])
-        if not changed and not over.any() and batch.is_steady and isinstance(batch.plan, NodePlan):
-            batch.plan.advance()
-            batch.token_ids, batch.positions, batch.slots = self._table.last_tokens(batch.rows)
+        if not changed and batch.is_steady and isinstance(batch.plan, NodePlan):
+            batch.goes_on = ~over
             self._batch = batch
+
+    def _next_batch(self) -> _Batch:
+        """The last batch one token on where only segments ended since; a new one otherwise."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return self._gather_batch()
+        assert isinstance(batch.plan, NodePlan) and batch.goes_on is not None
+        if not batch.goes_on.all():
+            batch.plan.keep(batch.goes_on)
+            batch.rows = batch.rows[batch.goes_on]
+            batch.wanted = np.arange(len(batch.rows))
+        batch.plan.advance()
+        batch.token_ids, batch.positions, batch.slots = self._table.last_tokens(batch.rows)
+        return batch
 
     def _reserve(self, rows: np.ndarray) -> bool:
         """Give every running request a slot for its last drawn token; the youngest are put back

@@ -15,7 +15,7 @@ rows are told apart here; the mask must have the query's dtype.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -165,8 +165,60 @@ def plain_product(
     return torch.matmul(weights, value.to(wide)).to(query.dtype), lse
 
 
+@dataclass(slots=True, eq=False)
+class _Growing:
+    """The spans whose one row is the last token of an open node, as arrays over them.
+
+    Attributes:
+        slots: int64 [B, capacity], padded with the trash slot.
+        is_run: bool [B], whether a span's slots, reserved ones too, are consecutive.
+        capacity, lengths, starts, rows: int64 [B]; see ``Span``.
+    """
+
+    slots: np.ndarray
+    is_run: np.ndarray
+    capacity: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], trash_slot: int) -> _Growing:
+        slots = _slot_table(spans, trash_slot)
+        capacity = np.array([len(span.slots) for span in spans], np.int64)
+        offsets = np.arange(1, slots.shape[1])
+        consecutive = (np.diff(slots, axis=1) == 1) | (offsets >= capacity[:, None])
+        return cls(
+            slots=slots,
+            is_run=consecutive.all(axis=1),
+            capacity=capacity,
+            lengths=np.array([span.length for span in spans], np.int64),
+            starts=np.array([span.start for span in spans], np.int64),
+            rows=np.array([span.row for span in spans], np.int64),
+        )
+
+    def take(self, index: np.ndarray) -> _Growing:
+        """Some of them, by index or mask."""
+        return _Growing(
+            self.slots[index],
+            self.is_run[index],
+            self.capacity[index],
+            self.lengths[index],
+            self.starts[index],
+            self.rows[index],
+        )
+
+    def spans(self) -> list[Span]:
+        return [
+            Span(slots[:n], int(n), int(start), int(row), 1, causal=True)
+            for slots, n, start, row in zip(
+                self.slots, self.lengths, self.starts, self.rows, strict=True
+            )
+        ]
+
+
 class NodePlan:
-    """The plan of one forward, or of many while the same segments grow.
+    """The plan of one forward, or of many while segments grow and end.
 
     Args:
         spans: see ``rollout.attention.spans``.
@@ -184,19 +236,17 @@ class NodePlan:
         slot_bytes: int,
         device: torch.device,
     ) -> None:
-        self.spans = list(spans)
         self.positions = positions
         self.num_slots = num_slots
         self.view_length = max(64, _VIEW_BYTES // slot_bytes) if slot_bytes else num_slots
         self.device = device
-        self._full = self._batch(self.spans, None)
-        self._windowed: dict[int, tuple[list[SpanBatch], MergeTable]] = {}
-        self._max_position = int(positions.max())
+        self._shared = [span for span in spans if not span.grows]
+        self._growing = _Growing.of([span for span in spans if span.grows], num_slots)
+        self._prepare()
 
     def advance(self) -> None:
         """Every row moves one token on in its open node."""
-        for span in self.spans:
-            span.length += span.grows
+        self._growing.lengths += 1
         for batch in self._full[0]:
             if batch.grows:
                 batch.advance()
@@ -204,23 +254,54 @@ class NodePlan:
         self._max_position += 1
         self._windowed.clear()
 
+    def keep(self, mask: np.ndarray) -> None:
+        """Forget the rows whose segments ended. All rows must be growing ones.
+
+        Args:
+            mask: bool [N], rows that go on; they move up in order.
+        """
+        before = np.concatenate([[0], np.cumsum(mask)])  # kept rows before each row
+        shared = []
+        for span in self._shared:
+            row, end = int(before[span.row]), int(before[span.row + span.num_rows])
+            if end > row:
+                shared.append(replace(span, row=row, num_rows=end - row))
+        self._shared = shared
+        self._growing = self._growing.take(mask[self._growing.rows])
+        self._growing.rows = before[self._growing.rows]
+        self.positions = self.positions[mask]
+        self._prepare()
+
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: LayerVariant
     ) -> torch.Tensor:
         """See ``rollout.attention.base.Plan``."""
         batches, table = self._full
         if variant.window is not None and self._max_position >= variant.window:
-            if variant.window not in self._windowed:
-                trimmed = [self._trim(span, variant.window) for span in self.spans]
-                kept = [span for span in trimmed if span is not None]
-                self._windowed[variant.window] = self._batch(kept, variant.window)
-            batches, table = self._windowed[variant.window]
+            batches, table = self._in_window(variant.window)
         num_rows, heads, width = query.shape
         kv_heads = keys.shape[1]
         grouped = query.reshape(num_rows, kv_heads, heads // kv_heads, width)
         partials = [batch.attend(grouped, keys, values, variant) for batch in batches]
         outputs, lses = zip(*partials, strict=True)
         return merge_partials(outputs, lses, table, variant.sinks)
+
+    def _prepare(self) -> None:
+        made = self._batch(self._shared, None) + self._batch_growing()
+        self._full = [batch for batch, _ in made], self._table(made)
+        self._windowed: dict[int, tuple[list[SpanBatch], MergeTable]] = {}
+        self._max_position = int(self.positions.max())
+
+    def _in_window(self, window: int) -> tuple[list[SpanBatch], MergeTable]:
+        if window not in self._windowed:
+            trimmed = [self._trim(span, window) for span in self._shared + self._growing.spans()]
+            made = self._batch([span for span in trimmed if span is not None], window)
+            self._windowed[window] = [batch for batch, _ in made], self._table(made)
+        return self._windowed[window]
+
+    def _table(self, made: list[tuple[SpanBatch, np.ndarray]]) -> MergeTable:
+        owners = np.concatenate([rows for _, rows in made])
+        return MergeTable(owners, len(self.positions), self.device)
 
     def _trim(self, span: Span, window: int) -> Span | None:
         """Without the keys that are out of every row's window."""
@@ -230,40 +311,64 @@ class NodePlan:
             return span
         if drop >= span.length:
             return None
-        return Span(
-            span.slots[drop : span.length],
-            span.length - drop,
-            span.start + drop,
-            span.row,
-            span.num_rows,
-            span.causal,
+        return replace(
+            span,
+            slots=span.slots[drop : span.length],
+            length=span.length - drop,
+            start=span.start + drop,
         )
 
     def _batch(
         self, spans: Sequence[Span], window: int | None
-    ) -> tuple[list[SpanBatch], MergeTable]:
+    ) -> list[tuple[SpanBatch, np.ndarray]]:
+        """Batches of spans of like shape, each with the rows of its partial results (-1: none)."""
         buckets: dict[tuple[int, ...], list[Span]] = {}
         for i, span in enumerate(spans):
             rows, length = _round_up(span.num_rows), _round_up(max(16, span.length))
             alone = span.length >= self.view_length and _is_run(span.slots)
             masked = span.causal and span.num_rows > 1
-            buckets.setdefault((rows, length, masked, span.grows, i if alone else -1), []).append(
-                span
-            )
-        batches, owners = [], []
+            buckets.setdefault((rows, length, masked, i if alone else -1), []).append(span)
+        made = []
         for (rows, length, *_), members in buckets.items():
             most = max(1, _MAX_MASK // (rows * length))
+            members.sort(key=lambda span: int(span.slots[0]))
             for lo in range(0, len(members), most):
-                batch, owner = self._make(members[lo : lo + most], window)
-                batches.append(batch)
-                owners.append(owner)
-        table = MergeTable(np.concatenate(owners), len(self.positions), self.device)
-        return batches, table
+                made.append(self._make(members[lo : lo + most], window))
+        return made
+
+    def _batch_growing(self) -> list[tuple[SpanBatch, np.ndarray]]:
+        """The same for the growing spans."""
+        if not len(self._growing.rows):
+            return []
+        buckets = np.ceil(np.log2(np.maximum(16, self._growing.lengths)))
+        return [
+            self._make_growing(np.flatnonzero(buckets == bucket)) for bucket in np.unique(buckets)
+        ]
+
+    def _make_growing(self, index: np.ndarray) -> tuple[SpanBatch, np.ndarray]:
+        spans = self._growing.take(index[np.argsort(self._growing.slots[index, 0])])
+        length = int(spans.lengths.max())
+        capacity = int(spans.capacity.max())
+        view = self._evenly_spaced(spans.slots[:, 0], spans.is_run, capacity)
+        in_order = np.array_equal(spans.rows, np.arange(spans.rows[0], spans.rows[-1] + 1))
+        batch = SpanBatch(
+            size=len(index),
+            num_rows=1,
+            length=length,
+            rows=None if in_order else self._tensor(spans.rows),
+            row_start=int(spans.rows[0]),
+            slots=None if view else self._tensor(spans.slots[:, :capacity]),
+            view_start=view[0] if view else 0,
+            view_step=view[1] if view else 0,
+            lengths=self._tensor(spans.lengths),
+            uniform=bool((spans.lengths == length).all()),
+            grows=True,
+        )
+        if not batch.uniform:
+            batch.hidden = _beyond(batch.lengths, length)
+        return batch, spans.rows
 
     def _make(self, spans: list[Span], window: int | None) -> tuple[SpanBatch, np.ndarray]:
-        """One batch, and for each of its B * R partial results the row it belongs to (-1: none)."""
-        spans = sorted(spans, key=lambda span: int(span.slots[0]))
-        size = len(spans)
         counts = np.array([span.num_rows for span in spans])
         lengths = np.array([span.length for span in spans])
         firsts = np.array([span.row for span in spans])
@@ -272,19 +377,22 @@ class NodePlan:
         rows = np.where(real, firsts[:, None] + np.arange(num_rows), firsts[:, None])
         flat = rows.reshape(-1)
         in_order = np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat)))
-        view = self._evenly_spaced(spans, length)
+        view = self._evenly_spaced(
+            np.array([span.slots[0] for span in spans]),
+            np.array([_is_run(span.slots) for span in spans]),
+            length,
+        )
         batch = SpanBatch(
-            size=size,
+            size=len(spans),
             num_rows=num_rows,
             length=length,
             rows=None if in_order else self._tensor(flat),
             row_start=int(flat[0]),
-            slots=None if view else self._tensor(self._slot_table(spans)),
+            slots=None if view else self._tensor(_slot_table(spans, self.num_slots)),
             view_start=view[0] if view else 0,
             view_step=view[1] if view else 0,
             lengths=self._tensor(lengths),
             uniform=bool((lengths == length).all()),
-            grows=spans[0].grows,
         )
         if window is not None or (spans[0].causal and num_rows > 1):
             hidden = self._hidden(spans, rows, real, lengths, window)
@@ -320,22 +428,15 @@ class NodePlan:
             hidden = hidden | (depths <= positions[:, :, None] - window)
         return hidden & real[:, :, None]
 
-    def _slot_table(self, spans: list[Span]) -> np.ndarray:
-        capacity = max(len(span.slots) for span in spans)
-        table = np.full((len(spans), capacity), self.num_slots, np.int64)
-        for line, span in zip(table, spans, strict=True):
-            line[: len(span.slots)] = span.slots
-        return table
-
-    def _evenly_spaced(self, spans: list[Span], length: int) -> tuple[int, int] | None:
-        """(first slot, step) where the spans are runs that start evenly spaced in the pool."""
-        starts = np.array([span.slots[0] for span in spans])
-        steps = np.diff(starts)
+    def _evenly_spaced(
+        self, firsts: np.ndarray, is_run: np.ndarray, length: int
+    ) -> tuple[int, int] | None:
+        """(first slot, step) where spans are runs that start evenly spaced and stay in the pool."""
+        steps = np.diff(firsts)
         step = int(steps[0]) if len(steps) else 0
-        if step < 0 or (steps != step).any() or not all(_is_run(span.slots) for span in spans):
+        if not is_run.all() or step < 0 or (steps != step).any():
             return None
-        reach = max(length, max(len(span.slots) for span in spans))
-        return (int(starts[0]), step) if starts[-1] + reach <= self.num_slots + 1 else None
+        return (int(firsts[0]), step) if firsts[-1] + length <= self.num_slots + 1 else None
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -345,6 +446,15 @@ def _beyond(lengths: torch.Tensor, length: int) -> torch.Tensor:
     """bool [B, 1, L]: columns past each span's end."""
     columns = torch.arange(length, device=lengths.device)
     return (columns >= lengths.unsqueeze(1)).unsqueeze(1)
+
+
+def _slot_table(spans: Sequence[Span], trash_slot: int) -> np.ndarray:
+    """int64 [B, longest], padded with the trash slot."""
+    width = max((len(span.slots) for span in spans), default=0)
+    table = np.full((len(spans), width), trash_slot, np.int64)
+    for line, span in zip(table, spans, strict=True):
+        line[: len(span.slots)] = span.slots
+    return table
 
 
 def _round_up(number: int) -> int:
