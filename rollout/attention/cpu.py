@@ -324,7 +324,9 @@ class NodePlan:
         """Batches of spans of like shape, each with the rows of its partial results (-1: none)."""
         buckets: dict[tuple[int, ...], list[Span]] = {}
         for i, span in enumerate(spans):
-            rows, length = _round_up(span.num_rows), _round_up(max(16, span.length))
+            # Few rows cost about as much as one: coarse buckets make fewer calls.
+            rows = _round_up(span.num_rows if span.causal else max(8, span.num_rows))
+            length = _round_up(max(16, span.length))
             alone = span.length >= self.view_length and _is_run(span.slots)
             masked = span.causal and span.num_rows > 1
             buckets.setdefault((rows, length, masked, i if alone else -1), []).append(span)
