@@ -69,7 +69,7 @@ def check_parts(settings: RewardSettings) -> None:
         ValueError: an unknown name (the known ones are listed), or no part that gives a verdict.
     """
     verdicts = 0
-    for label, part in settings.parts.items():
+    for label, part in settings.parts_in_force().items():
         name = part.name or label
         check_name(name)
         verdicts += name not in SHAPING if part.verdict is None else part.verdict

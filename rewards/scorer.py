@@ -42,7 +42,7 @@ class Scorer:
                 if part.verdict is None
                 else part.verdict,
             )
-            for label, part in settings.parts.items()
+            for label, part in settings.parts_in_force().items()
         ]
 
     def score(self, item: RewardItem) -> RewardResult:

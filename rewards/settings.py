@@ -49,9 +49,13 @@ class RewardSettings:
     # seconds that loading the verifiers may take at the start
     startup_timeout_seconds: float = 120.0
 
+    def parts_in_force(self) -> dict[str, RewardPartSettings]:
+        """``parts``, or the default. Not put into the field itself: a configuration's parts would
+        be merged into it, and the default scored beside them.
+        """
+        return self.parts or {"auto": RewardPartSettings()}
+
     def __post_init__(self) -> None:
-        if not self.parts:  # not the field's default: a configuration would merge its parts into it
-            self.parts = {"auto": RewardPartSettings()}
         if self.num_workers < 0:
             raise ValueError(
                 f"reward.num_workers={self.num_workers}: must be >= 1, or 0 to score in process"

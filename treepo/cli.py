@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
@@ -62,7 +62,7 @@ def compose(name: str, schema: type[C], overrides: list[str]) -> C:
         return to_config(hydra.compose(name, overrides))
 
 
-def to_config(composed: DictConfig) -> Any:
+def to_config(composed: DictConfig | ListConfig) -> Any:
     """Turn a composed config into its dataclasses, whose checks then run.
 
     Raises:
@@ -92,7 +92,7 @@ def settings_from(schema: type[C], values: dict[str, Any], *, where: str) -> C:
         merged = OmegaConf.merge(known, OmegaConf.create(values))
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {error}") from error
-    return to_config(merged)  # type: ignore[arg-type]
+    return to_config(merged)
 
 
 def to_yaml(config: Any) -> str:
@@ -102,7 +102,6 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(path: Path, schema: type[C]) -> C:
     """Read back what :func:`to_yaml` wrote."""
-    # type: ignore[arg-type]
     return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
 
 

@@ -148,6 +148,13 @@ class TrainConfig:
                 "train on; lower the one or raise the other"
             )
         self._check_lengths()
+        updates = updates_per_step(self) * self.trainer.total_steps
+        warmup = self.trainer.learner.optimizer.lr_warmup_steps
+        if warmup >= updates:
+            raise ValueError(
+                f"trainer.learner.optimizer.lr_warmup_steps={warmup} is not less than the run's "
+                f"{updates} updates: lower it, or raise trainer.total_steps"
+            )
 
     def _check_lengths(self) -> None:
         _, strategy = strategy_settings(self)

@@ -17,6 +17,7 @@ from treepo.progress import Progress, quiet_libraries, show_summary
 from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_run, point_latest_at
 
 if TYPE_CHECKING:
+    from treepo.evaluation import Evaluation
     from treepo.session import Session
 
 
@@ -93,16 +94,20 @@ def train_session(session: Session) -> dict[str, Any]:
     trainer = session.config.trainer
     session.publish()
     if session.state.step == 0 and trainer.val_before_train:
-        session.state = replace(session.state, before=session.evaluate().scores)
+        before = session.evaluate()
+        session.tracker.log(0, before.metrics)
+        session.state = replace(session.state, before=before.scores)
+    after: Evaluation | None = None
     while session.state.step < trainer.total_steps:
         metrics = session.step()
         step, is_last = session.state.step, session.state.step == trainer.total_steps
-        if trainer.test_freq and step % trainer.test_freq == 0 and not is_last:
-            metrics |= session.evaluate().metrics
+        if is_last or (trainer.test_freq and step % trainer.test_freq == 0):
+            after = session.evaluate()
+            metrics |= after.metrics
         session.log(metrics)
-        if trainer.save_freq and step % trainer.save_freq == 0 and not is_last:
+        if is_last or (trainer.save_freq and step % trainer.save_freq == 0):
             session.save()
-    after = session.evaluate()
-    session.save()
+    if after is None:  # resumed from the last step's checkpoint
+        after = session.evaluate()
     session.export()
     return session.summary(after.scores)

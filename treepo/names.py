@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.registry import check_name as check_reward_name
+from rewards.registry import check_parts
 from treepo.config import TrainConfig, strategy_settings
 
 
@@ -13,7 +13,6 @@ def check_names(config: TrainConfig) -> None:
         ValueError: an unknown name; the message lists the known ones.
     """
     from trainers.settings import POLICY_LOSSES
-    from trainers.losses import POLICY_LOSSES
     from treepo.advantages import ADVANTAGES
     from treepo.data import DATA_SOURCES
 
@@ -22,5 +21,4 @@ def check_names(config: TrainConfig) -> None:
     POLICY_LOSSES.check(config.trainer.learner.policy_loss.name)
     for data in (config.data, *config.evaluation.splits.values()):
         DATA_SOURCES.check(data.source)
-    for label, part in config.reward.parts.items():
-        check_reward_name(part.name or label)
+    check_parts(config.reward)

@@ -15,7 +15,8 @@ from rewards.pool import RewardPool
 from treepo.checkpoint import RunState, read_state
 from treepo.cluster import Cluster, check_resources, local_resources
 from treepo.config import TrainConfig, learner_settings, resolve_model_path, strategy_settings
-from treepo.data import Problem, ProblemOrder, held_out, load_problems
+from treepo.data import Problem, ProblemOrder, load_problems
+from treepo.held_out import load_splits
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.session import Session
@@ -41,15 +42,7 @@ def open_session(
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     progress.stage("loading problems")
     problems = load_problems(config.data, tokenizer, config.max_prompt_length)
-    splits = {
-        name: held_out(
-            load_problems(data, tokenizer, config.max_prompt_length),
-            problems,
-            name=name,
-            on_overlap=data.on_overlap,
-        )
-        for name, data in config.evaluation.splits.items()
-    }
+    splits = load_splits(config, tokenizer, problems)
     order = ProblemOrder(problems, seed=config.seed)
     state = read_state(checkpoint) if checkpoint else initial_state(config, order)
     name, settings = strategy_settings(config)

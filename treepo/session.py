@@ -17,7 +17,6 @@ import numpy as np
 
 from rewards.pool import RewardPool
 from rewards.records import RewardResult
-from rollout.strategies.settings import FlatSettings
 from rollout.tree import Tree
 from treepo.advantages import ADVANTAGES, filter_groups, scored_tree
 from treepo.base.keys import root_key
@@ -25,7 +24,8 @@ from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
 from treepo.config import TrainConfig
 from treepo.data import Problem, ProblemOrder
-from treepo.evaluation import Evaluation, SamplingPass, evaluate, greedy_and_sampled
+from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate
+from treepo.held_out import evaluation_passes, sample_flat
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.samples import token_trees
@@ -37,7 +37,6 @@ from treepo.tracking import Tracker
 from treepo.tree_file import write_trees
 
 # its draws are the same at every evaluation, so changes are the model's
-EVALUATION_SEED = 1_000_003
 
 
 @dataclass(kw_only=True)
@@ -167,20 +166,18 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
-        settings = self.config.evaluation
         self.progress.stage("evaluating on held-out problems")
         with self.clock("testing"):
             result = evaluate(
                 self.splits,
-                greedy_and_sampled(
-                    num_samples=settings.num_samples,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    max_response_length=settings.max_response_length
-                    or self.strategy[1].max_response_length,
-                    seed=EVALUATION_SEED,
+                evaluation_passes(self.config, EVALUATION_SEED),
+                sample=lambda problems, settings: sample_flat(
+                    self.cluster,
+                    problems,
+                    settings,
+                    self.strategy[1].stop_token_ids,
+                    self.state.policy_version,
                 ),
-                sample=self._sample_flat,
                 score=self.rewards.score,
                 decoder=self.decoder,
             )
@@ -237,20 +234,6 @@ class Session:
         began = time.monotonic()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - began
-
-    def _sample_flat(self, problems: Sequence[Problem], settings: SamplingPass) -> list[Tree]:
-        flat = FlatSettings(
-            n=settings.num_samples,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-            max_response_length=settings.max_response_length,
-            stop_token_ids=self.strategy[1].stop_token_ids,
-        )
-        prompts = make_prompts(problems, settings.seed, "evaluate", settings.name)
-        trees, _ = self.cluster.sample(prompts, "flat", flat, self.state.policy_version)
-        return trees
 
     def _seconds_since_last_look(self) -> float:
         now = time.monotonic()

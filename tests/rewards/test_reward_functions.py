@@ -187,7 +187,7 @@ def test_the_settings_are_a_config_node() -> None:
     settings = OmegaConf.to_object(node)
     assert isinstance(settings, RewardSettings) and settings.num_workers == 1
     part = RewardPartSettings(weight=2.0, options={"extraction": "boxed"})
-    assert settings.parts == {"math": part}  # in place of the default, not beside it
-    assert list(RewardSettings().parts) == ["auto"]
+    assert settings.parts_in_force() == {"math": part}  # in place of the default, not beside it
+    assert list(RewardSettings().parts_in_force()) == ["auto"]
     with pytest.raises(ValueError, match="weight=nan"):
         RewardPartSettings(weight=math.nan)

@@ -51,7 +51,7 @@ def manifest_of(named_tensors: Mapping[str, torch.Tensor]) -> WeightManifest:
         if tensor.numel():
             key = (
                 tensor.untyped_storage().data_ptr(),
-                tensor.storage_offset(),
+                int(tensor.storage_offset()),
                 tuple(tensor.shape),
             )
             groups.setdefault(key, []).append(name)
