@@ -1,9 +1,12 @@
 """Step-by-step answers to chain sums, with the slips of a pupil who sometimes forgets to carry.
 
-``7 + 15 - 4`` is answered ``7 + 15 = 22 - 4 = 18`` and, on its own line, ``#### 18``. Where the
-units column carries or borrows, the carry is forgotten with a given probability and the chain goes
-on from the wrong value (``7 + 15 = 12 - 4 = 8``). Such errors are systematic: a model taught on
-them makes them greedily too, and knows the right way well enough to be rewarded for it.
+``7 + 15 - 1`` is answered ``7 + 15 = '22 - 1 = 21`` and, on its own line, ``#### 21``. Where the
+units column carries or borrows, the pupil notes it with an apostrophe before the result; with a
+given probability it is forgotten, note and all, and the chain goes on from the wrong value
+(``7 + 15 = 12 - 1 = 11``). Such errors are systematic: a model taught on them makes them greedily
+too, and knows the right way well enough to be rewarded for it. The note gives "remember to carry"
+one place in the text, so that reward can teach it for all sums at once rather than for each pair of
+numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import random
 import re
 
 ANSWER_MARKER = "#### "
+CARRY_NOTE = "'"
 _CHAIN = re.compile(r"-?\d+(?: [+-] -?\d+)+")
 
 
@@ -64,7 +68,9 @@ def demonstrate(question: str, *, error_prob: float, rng: random.Random) -> str:
     text = str(total)
     for operator, number in steps:
         term = number if operator == "+" else -number
-        forgets = carries_or_borrows(total, term) and rng.random() < error_prob
+        carries = carries_or_borrows(total, term)
+        forgets = carries and rng.random() < error_prob
         total = add_without_carry(total, term) if forgets else total + term
-        text += f" {operator} {number} = {total}"
+        note = CARRY_NOTE if carries and not forgets else ""
+        text += f" {operator} {number} = {note}{total}"
     return f"{text}\n{ANSWER_MARKER}{total}"

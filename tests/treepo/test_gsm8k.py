@@ -39,7 +39,8 @@ def test_the_gsm8k_experiment_samples_and_scores_on_the_tiny_model(tmp_path):
         + ["rollout.max_response_length=32", "rollout.segment_length=8", "rollout.n=4"]
         + ["trainer.train_batch_size=4", "trainer.ppo_mini_batch_size=4", "trainer.total_steps=2"]
         + ["trainer.learner.optimizer.lr_warmup_steps=1", "trainer.learner.num_threads=1"]
-        + ["cluster.num_rollout_workers=1", "reward.num_workers=1"],
+        + ["cluster.num_rollout_workers=1", "cluster.num_learner_ranks=1"]
+        + ["reward.num_workers=1"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200"},

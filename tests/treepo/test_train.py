@@ -26,7 +26,6 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
         "trainer.test_freq=2",
         "cluster.num_rollout_workers=2",
         "cluster.num_learner_ranks=2",
-        "cluster.cpus_per_learner_rank=1",
         "tracking.wandb_mode=offline",
     )
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ SMALL = [
     "evaluation.splits.longer.size=8",
     "evaluation.num_samples=2",
     "cluster.num_rollout_workers=1",
+    "cluster.num_learner_ranks=1",
     "reward.num_workers=1",
 ]
 
