@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from treepo.base.digest import WeightManifest, combine_digests, manifest_of, tensor_digests
+from treepo.base.errors import RunFailed
 
 # Largest difference of a golden log-prob that rounding explains, by the engine's dtype.
 PROBE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
@@ -21,7 +22,7 @@ PROBE_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1}
 _SHOWN = 3  # differing tensors named in an error
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunFailed):
     """An engine does not hold the weights it was sent; it must not serve."""
 
 

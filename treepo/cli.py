@@ -7,6 +7,7 @@ exit code 2; anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from treepo.base.errors import RunFailed
 
 C = TypeVar("C")
 
@@ -47,8 +50,13 @@ def run_command(name: str, schema: type[C], work: Callable[[C, bool], None]) -> 
     def task(composed: DictConfig) -> None:
         try:
             work(to_config(composed), dry_run)
-        except ValueError as error:
-            fail(error)
+        except (ValueError, OSError) as error:
+            fail(error, code=2)
+        except RunFailed as error:
+            fail(error, code=1)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None
 
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(task)()
 
@@ -105,10 +113,12 @@ def from_yaml(path: Path, schema: type[C]) -> C:
     return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
 
 
-def fail(error: BaseException) -> None:
-    """End the program with one message for the user."""
+def fail(error: Exception, *, code: int) -> None:
+    """End the program with one message for the user; HYDRA_FULL_ERROR=1 gives the traceback."""
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        raise error
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _store_schema(name: str, schema: type) -> None:

@@ -26,10 +26,11 @@ from trainers.batch import PackedBatch
 from trainers.settings import LearnerSettings
 from trainers.worker import LearnerWorker
 from treepo.base.digest import WeightManifest
+from treepo.base.errors import RunFailed
 from treepo.config import ClusterConfig
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunFailed):
     """A worker died or did not answer in time; the message names it."""
 
 
