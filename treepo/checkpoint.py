@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treepo.atomic import write_text
+
 if TYPE_CHECKING:
     from treepo.data import DataPosition
 
@@ -73,8 +75,7 @@ def save_checkpoint(root: Path, state: RunState, write: Callable[[Path], None], 
     if final.exists():  # an earlier life of the run got here and was resumed from before it
         shutil.rmtree(final)
     os.replace(partial, final)
-    _write_atomically(root / LATEST, str(state.step))
-    _fsync(root)
+    write_text(root / LATEST, str(state.step))
     for step in sorted(_steps(root))[:-keep]:
         shutil.rmtree(root / f"{_PREFIX}{step}")
     return final
@@ -142,13 +143,6 @@ def _steps(root: Path) -> list[int]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _fsync(partial)
-    os.replace(partial, path)
 
 
 def _fsync(path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from rewards.reasoning_gym import make_dataset
 from trainers.batch import TokenTree
 from trainers.learner import Learner
-from trainers.packing import pack
+from trainers.packing import pack, path_tree
 from trainers.settings import LearnerSettings
 from treepo.base.keys import root_key
 from treepo.demonstrations import demonstrate
@@ -122,27 +122,12 @@ def to_sequence(tokenizer: Any, question: str, answer: str) -> TokenTree:
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)
     )
     response_ids = [*response_ids, tokenizer.eos_token_id]
-    total, trained = len(prompt_ids) + len(response_ids), len(response_ids)
-    weight = torch.zeros(total)
-    weight[len(prompt_ids) :] = 1.0
-    zeros = torch.zeros(total)
-    return TokenTree(
-        token_ids=torch.tensor(prompt_ids + response_ids),
-        position_ids=torch.arange(total),
-        visible_until=torch.full((total,), total),
-        predictor=torch.arange(-1, total - 1),
-        advantage_pos=zeros,
-        advantage_neg=zeros,
-        weight=weight,
-        behaviour_logprobs=zeros,
-        sampling_logprobs=zeros,
-        temperature=torch.ones(total),
-        policy_version=torch.zeros(total, dtype=torch.int64),
-        leaf_token=torch.tensor([total - 1]),
-        leaf_advantage=torch.zeros(1),
+    trained = torch.tensor([0.0] * len(prompt_ids) + [1.0] * len(response_ids))
+    return replace(
+        path_tree(torch.tensor(prompt_ids + response_ids)),
+        weight=trained,
         leaf_weight=torch.ones(1),
-        leaf_num_tokens=torch.tensor([trained]),
-        leaf_reward=torch.zeros(1),
+        leaf_num_tokens=torch.tensor([len(response_ids)]),
     )
 
 
