@@ -26,6 +26,7 @@ def test_a_model_is_evaluated_from_the_command_line_to_the_files(
         "evaluation.splits.held_out.size=4",
         "evaluation.splits.longer.size=2",
         "+experiment=quickstart",
+        "data.size=16",  # so few that no held-out problem is also trained on
         "evaluation.num_samples=2",
         "cluster.num_rollout_workers=1",
         "reward.num_workers=1",

@@ -91,7 +91,9 @@ def test_the_trainer_recomputes_the_log_probs_that_the_engine_recorded(sampled, 
     with torch.no_grad():
         logprobs, _ = policy(row, index)
     assert len(index) > 100
-    assert (logprobs - row.behaviour_logprobs[index]).abs().max() < 1e-5
+    recorded = row.behaviour_logprobs[index]
+    assert (logprobs.exp() - recorded.exp()).abs().max() < 1e-5  # the metric that runs log
+    assert (logprobs - recorded).abs().max() < 1e-4  # rounding of logits of some tens, in float32
     # top-p has cut something, so that the true behaviour policy differs
     assert (row.sampling_logprobs[index] - logprobs).max() > 0.01
 

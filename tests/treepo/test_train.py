@@ -86,7 +86,7 @@ def test_engine_and_learner_agree_on_every_log_probability(finished):
 def test_the_resolved_config_is_read_back_as_the_same_config(finished):
     folder, _ = finished
     config = from_yaml(folder / "config.yaml", TrainConfig)
-    assert config.trainer.total_steps == 3 and config.rollout["segment_length"] == 8
+    assert config.trainer.total_steps == 3 and config.rollout["segment_length"] == 6
 
 
 def test_the_last_checkpoint_is_complete_and_knows_where_the_run_stands(finished):
