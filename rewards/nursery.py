@@ -113,7 +113,10 @@ def _serve(
                 return
             continue
         control.settimeout(None)
-        request, descriptors, _, _ = socket.recv_fds(control, REQUEST.size, 1)
+        try:
+            request, descriptors, _, _ = socket.recv_fds(control, REQUEST.size, 1)
+        except ConnectionResetError:  # the pool's process is gone
+            return
         if len(request) < REQUEST.size:
             return
         verb, pid = REQUEST.unpack(request)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.attention.base import NAME, AttentionContext, Plan, register
@@ -31,9 +32,12 @@ def load_model(model_path: str | Path, *, dtype: str, device: str) -> PreTrained
             f"model folder {str(model_path)!r} {problem}: give a Hugging Face model folder "
             "(config.json and weights)"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights in {str(folder)!r} cannot be loaded: {error}") from error
     torch.nn.Module.to(model, device)
     return model.eval()
 

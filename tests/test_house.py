@@ -34,8 +34,9 @@ HOMES = {
 }
 # Besides the standard library and what has a home above; None: anything.
 THIRD_PARTY = {
-    "rollout": {"torch", "transformers", "numpy"},
-    "trainers": {"torch", "transformers", "numpy"},
+    # safetensors comes with transformers
+    "rollout": {"torch", "transformers", "numpy", "safetensors"},
+    "trainers": {"torch", "transformers", "numpy", "safetensors"},
     "rewards": None,
     "treepo": None,
     "treepo.base": {"torch"},

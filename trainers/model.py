@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trainers import attention
@@ -93,9 +94,12 @@ def load_policy(
     check_supported(config)
     switch_off_dropout(config)
     attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, config=config, dtype=dtype, attn_implementation=attention.NAME
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, config=config, dtype=dtype, attn_implementation=attention.NAME
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights of {model_path!r} cannot be loaded: {error}") from error
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

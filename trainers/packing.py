@@ -53,8 +53,9 @@ def pack(
     if max(sizes, default=0) > limit:
         index = max(range(len(sizes)), key=lambda i: sizes[i])
         raise ValueError(
-            f"trainer.max_tokens_per_micro_batch={max_tokens}: tree {index} of the mini-batch has "
-            f"{mini_batch[index].num_tokens} tokens and a tree is not split; raise it to at least "
+            f"trainer.learner.max_tokens_per_micro_batch={max_tokens}: tree {index} of the "
+            f"mini-batch has {mini_batch[index].num_tokens} tokens and a tree is not split; raise "
+            "it to at least "
             f"{mini_batch[index].num_tokens}, or sample fewer or shorter responses"
         )
     denominator = total_weight(mini_batch)

@@ -103,4 +103,4 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"trainer.{name}={value!r}: must be {allowed}")
+        raise ValueError(f"trainer.learner.{name}={value!r}: must be {allowed}")

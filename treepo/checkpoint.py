@@ -125,7 +125,11 @@ def _what_is_missing(folder: Path) -> str:
     marker = folder / MARKER
     if not marker.is_file():
         return f"its completion marker {MARKER} is missing (it was interrupted while being written)"
-    for name, size in json.loads(marker.read_text())["files"].items():
+    try:
+        files = json.loads(marker.read_text())["files"]
+    except (ValueError, KeyError):
+        return f"its completion marker {MARKER} is damaged"
+    for name, size in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"

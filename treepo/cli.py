@@ -8,8 +8,10 @@ exit code 2; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +50,8 @@ def run_command(name: str, schema: type[C], work: Callable[[C, bool], None]) -> 
     _store_schema(name, schema)
 
     def task(composed: DictConfig) -> None:
+        # SLURM, timeouts and service managers ask with SIGTERM: workers are stopped as on Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             work(to_config(composed), dry_run)
         except (ValueError, OSError) as error:
@@ -76,10 +80,28 @@ def to_config(composed: DictConfig | ListConfig) -> Any:
     Raises:
         ValueError: a value is missing, of a wrong type, or refused by a check.
     """
+    _refuse_unknown_keys(composed, "")
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _refuse_unknown_keys(node: Any, where: str) -> None:
+    """``+key=value`` adds keys that no dataclass has, and OmegaConf would drop them in silence."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    schema = OmegaConf.get_type(node)
+    if is_dataclass(schema):
+        known = [field.name for field in fields(schema)]
+        for key in map(str, node):
+            if key not in known:
+                raise ValueError(
+                    f"unknown key {where}{key}: {where.rstrip('.') or 'the configuration'} "
+                    f"knows {', '.join(known)}"
+                )
+    for key in map(str, node):
+        _refuse_unknown_keys(node._get_node(key), f"{where}{key}.")
 
 
 def settings_from(schema: type[C], values: dict[str, Any], *, where: str) -> C:
@@ -111,6 +133,20 @@ def to_yaml(config: Any) -> str:
 def from_yaml(path: Path, schema: type[C]) -> C:
     """Read back what :func:`to_yaml` wrote."""
     return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+
+
+def differing_keys(one: str, other: str) -> list[str]:
+    """Keys, with dots, whose values differ between two configurations in YAML."""
+    values = [_flat(OmegaConf.to_container(OmegaConf.create(text)), "") for text in (one, other)]
+    return sorted(
+        key for key in {**values[0], **values[1]} if values[0].get(key) != values[1].get(key)
+    )
+
+
+def _flat(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {where.rstrip("."): value}
+    return {k: v for key, child in value.items() for k, v in _flat(child, f"{where}{key}.").items()}
 
 
 def fail(error: Exception, *, code: int) -> None:

@@ -206,7 +206,9 @@ class Cluster:
             except RayActorError as error:
                 raise WorkerLost(f"{role} {rank} of {len(refs)} died: {error}") from error
             except RayTaskError as error:
-                if isinstance(error.cause, ValueError):  # the user's to mend: say it plainly
+                if isinstance(
+                    error.cause, ValueError | OSError
+                ):  # the user's to mend: say it plainly
                     raise error.cause from None
                 raise
         return answers

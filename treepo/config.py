@@ -223,6 +223,8 @@ def resolve_model_path(path: str) -> str:
             raise ValueError(
                 f"model.path={path!r}: the folder has no config.json, so it holds no model"
             )
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise ValueError(f"model.path={path!r}: the folder has no weights (*.safetensors)")
         return str(folder)
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"model.path={path!r}: no such folder (from {Path.cwd()})")

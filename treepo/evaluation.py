@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rewards.records import UNPARSABLE, RewardItem, RewardResult
 from rollout.tree import DEPTH, TRUNCATED, Tree
 from treepo.atomic import write_json, write_json_lines
+from treepo.base.errors import RunFailed
 from treepo.evaluation_metrics import confidence_interval, maj_at_k, mean_at_k, pass_at_k
 
 if TYPE_CHECKING:
@@ -248,12 +249,28 @@ def evaluate(
             samples += rows
             estimates |= estimate_scores(split, settings, rows)
             counts |= count_failures(split, settings, rows)
+    require_a_verdict([(row.correct is not None, row.detail) for row in samples])
     return Evaluation(
         passes=dict(zip(names, passes, strict=True)),
         samples=samples,
         estimates=estimates,
         counts=counts,
     )
+
+
+def require_a_verdict(verdicts: Sequence[tuple[bool, str]]) -> None:
+    """Stop where every single verdict failed: then the verifier is broken, not the responses.
+
+    Args:
+        verdicts: for each response whether there is one, and what went wrong.
+
+    Raises:
+        RunFailed: with what went wrong first.
+    """
+    if verdicts and not any(there_is for there_is, _ in verdicts):
+        raise RunFailed(
+            f"none of {len(verdicts)} responses got a verdict; the verifier fails: {verdicts[0][1]}"
+        )
 
 
 def judge(

@@ -17,6 +17,7 @@ from treepo.config import strategy_settings
 from treepo.data import Problem
 from treepo.evaluation import Evaluation, SamplingPass, evaluate
 from treepo.held_out import evaluation_passes, load_splits, sample_flat
+from treepo.hub import local_model
 from treepo.model_folder import ModelSource
 from treepo.progress import clock_time, quiet_libraries
 from treepo.run_folder import new_run_id
@@ -37,16 +38,17 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
     output = Path(config.output or f"{config.output_dir}/evaluations/{new_run_id()}")
     if (output / "evaluation.json").exists():
         raise ValueError(f"output={str(output)!r} holds an evaluation already: name a new folder")
+    model_path = local_model(source.model)
     tokenizer = load_tokenizer(
-        config.model.tokenizer or source.model, trust_remote_code=config.model.trust_remote_code
+        config.model.tokenizer or model_path, trust_remote_code=config.model.trust_remote_code
     )
     splits = load_splits(config, tokenizer)
     _, strategy = strategy_settings(config)
-    stops = strategy.stop_token_ids or stop_token_ids(source.model, tokenizer)
+    stops = strategy.stop_token_ids or stop_token_ids(model_path, tokenizer)
     passes = evaluation_passes(config, config.sampling_seed)
     with RewardPool(config.reward) as rewards, Cluster(config=config.cluster) as cluster:
         console.print("loading the model", highlight=False)
-        cluster.start_rollout(source.model, config.engine)
+        cluster.start_rollout(model_path, config.engine)
         cluster.wait_until_ready()
 
         def sample(problems: Sequence[Problem], settings: SamplingPass) -> list[Tree]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treepo.checkpoint import latest_checkpoint, read_state
-from treepo.cli import to_yaml
+from treepo.cli import differing_keys, to_yaml
 from treepo.config import TrainConfig
 from treepo.progress import Progress, quiet_libraries, show_summary
 from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_run, point_latest_at
@@ -19,6 +19,10 @@ from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_ru
 if TYPE_CHECKING:
     from treepo.evaluation import Evaluation
     from treepo.session import Session
+
+
+# Settings that a run may be resumed with other values of.
+MAY_CHANGE = ("resume_mode", "output_dir", "trainer.total_steps", "trainer.keep_checkpoints")
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -31,17 +35,18 @@ def train(config: TrainConfig) -> RunFolder:
         ValueError: something the user can mend; before any training.
     """
     quiet_libraries()
+    from treepo.opening import load_inputs, open_session  # torch and Ray load here
+
+    inputs = load_inputs(config)
     run, lock = open_run(config)
     with lock:
         checkpoint = latest_checkpoint(run.checkpoints)
-        from treepo.opening import open_session  # torch and Ray load here
-
         with Progress(
             total_steps=config.trainer.total_steps,
             start_step=read_state(checkpoint).step if checkpoint else 0,
             title=f"{run.experiment} {run.run_id}",
         ) as progress:
-            with open_session(config, run, checkpoint, progress) as session:
+            with open_session(config, inputs, run, checkpoint, progress) as session:
                 summary = train_session(session)
         run.finish(summary)
     show_summary(
@@ -74,6 +79,13 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
             raise ValueError(
                 f"run {run.path} is finished. To train its model further start a new run with "
                 f"model.path={run.export}"
+            )
+        saved = run.config_file.read_text()
+        if differing := [k for k in differing_keys(saved, text) if k not in MAY_CHANGE]:
+            raise ValueError(
+                f"run {run.path} was begun with other settings: {', '.join(differing)}. Give it "
+                f"those in its config.yaml (only {', '.join(MAY_CHANGE)} may change), or begin "
+                "a new run with resume_mode=disable"
             )
         return run, run.lock()
     same = claim_unfinished_run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rewards.registry import check_parts
 from treepo.config import TrainConfig, strategy_settings
 
@@ -22,3 +24,7 @@ def check_names(config: TrainConfig) -> None:
     for data in (config.data, *config.evaluation.splits.values()):
         DATA_SOURCES.check(data.source)
     check_parts(config.reward)
+    for label, part in config.reward.parts.items():
+        file, colon, _ = part.name.rpartition(":")
+        if colon and file.endswith(".py") and not Path(file).expanduser().is_file():
+            raise ValueError(f"reward.parts.{label}.name={part.name!r}: there is no file {file}")

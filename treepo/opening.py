@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from treepo.cluster import Cluster, check_resources, local_resources
 from treepo.config import TrainConfig, learner_settings, resolve_model_path, strategy_settings
 from treepo.data import Problem, ProblemOrder, load_problems
 from treepo.held_out import load_splits
+from treepo.hub import local_model
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.session import Session
@@ -26,28 +28,65 @@ from treepo.tracking import Tracker
 NUM_GOLDEN = 4  # prompts that prove every publication of weights
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What a run reads before it starts anything.
+
+    Attributes:
+        model_path: a local folder.
+        strategy: the rollout strategy's name and settings, stop tokens filled in.
+        splits: held-out problems by name.
+    """
+
+    model_path: str
+    tokenizer: Any
+    strategy: tuple[str, Any]
+    problems: list[Problem]
+    splits: dict[str, list[Problem]]
+
+
+def load_inputs(config: TrainConfig) -> Inputs:
+    """Read model folder, tokenizer and problems: most mistakes show here, before a run begins.
+
+    Raises:
+        ValueError: something the user can mend.
+    """
+    if config.cluster.address is None:
+        check_resources(config.cluster, local_resources())
+    model_path = local_model(resolve_model_path(config.model.path))
+    tokenizer = load_tokenizer(
+        config.model.tokenizer or model_path, trust_remote_code=config.model.trust_remote_code
+    )
+    problems = load_problems(config.data, tokenizer, config.max_prompt_length)
+    name, settings = strategy_settings(config)
+    if not settings.stop_token_ids:
+        settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
+    batch = config.trainer.train_batch_size
+    if batch > len(problems):
+        raise ValueError(
+            f"trainer.train_batch_size={batch} is more than the {len(problems)} problems of the "
+            f"training data: set it to {len(problems)} at most, or provide more data"
+        )
+    return Inputs(
+        model_path=model_path,
+        tokenizer=tokenizer,
+        strategy=(name, settings),
+        problems=problems,
+        splits=load_splits(config, tokenizer, problems),
+    )
+
+
 @contextmanager
 def open_session(
-    config: TrainConfig, run: RunFolder, checkpoint: Path | None, progress: Progress
+    config: TrainConfig, inputs: Inputs, run: RunFolder, checkpoint: Path | None, progress: Progress
 ) -> Iterator[Session]:
     """Everything a run needs, in the state of ``checkpoint`` or at its beginning.
 
     Raises:
         ValueError: something the user can mend, before any training.
     """
-    if config.cluster.address is None:
-        check_resources(config.cluster, local_resources())
-    model_path = resolve_model_path(config.model.path)
-    tokenizer_path = config.model.tokenizer or model_path
-    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=config.model.trust_remote_code)
-    progress.stage("loading problems")
-    problems = load_problems(config.data, tokenizer, config.max_prompt_length)
-    splits = load_splits(config, tokenizer, problems)
-    order = ProblemOrder(problems, seed=config.seed)
+    order = ProblemOrder(inputs.problems, seed=config.seed)
     state = read_state(checkpoint) if checkpoint else initial_state(config, order)
-    name, settings = strategy_settings(config)
-    if not settings.stop_token_ids:
-        settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
     progress.stage("starting the workers")
     with (
         RewardPool(config.reward, wait=False) as rewards,
@@ -62,8 +101,8 @@ def open_session(
             state=state.tracking,
         ) as tracker,
     ):
-        cluster.start_rollout(model_path, config.engine)
-        cluster.start_learners(model_path, learner_settings(config))
+        cluster.start_rollout(inputs.model_path, config.engine)
+        cluster.start_learners(inputs.model_path, learner_settings(config))
         cluster.wait_until_ready()
         rewards.wait_until_ready()
         if checkpoint:
@@ -75,11 +114,11 @@ def open_session(
             rewards=rewards,
             tracker=tracker,
             progress=progress,
-            decoder=Decoder(tokenizer),
-            strategy=(name, settings),
+            decoder=Decoder(inputs.tokenizer),
+            strategy=inputs.strategy,
             order=order,
-            splits=splits,
-            golden=golden_sequences(problems),
+            splits=inputs.splits,
+            golden=golden_sequences(inputs.problems),
             state=state,
         )
 

@@ -130,17 +130,17 @@ def claim_unfinished_run(
 ) -> tuple[RunFolder, RunLock] | None:
     """Find the run that ``resume_mode=auto`` goes on with, and claim it.
 
-    It is the newest unfinished run of the experiment that no living process works on. Runs older
-    than a finished one were given up and are left alone.
+    It is the newest unfinished run of the experiment that no living process works on, among those
+    that ``accepts`` takes. Those older than a finished one were given up and are left alone.
 
     Args:
         accepts: whether a run may be gone on with (for example: it has the same config).
     """
     for run in list_runs(outputs, experiment):
-        if run.is_finished:
-            return None
         if not accepts(run):
             continue
+        if run.is_finished:
+            return None
         try:
             lock = run.lock()
         except RunIsBusy:

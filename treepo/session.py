@@ -24,7 +24,7 @@ from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
 from treepo.config import TrainConfig
 from treepo.data import Problem, ProblemOrder
-from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate
+from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate, require_a_verdict
 from treepo.held_out import evaluation_passes, sample_flat
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
@@ -124,6 +124,7 @@ class Session:
             ]
             verdicts = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
             by_tree = [[next(verdicts) for _ in of_tree] for of_tree in items]
+        require_a_verdict([(v.has_verdict, v.detail) for of_tree in by_tree for v in of_tree])
         if self.config.trainer.shuffle_rewards:
             return shuffle_verdicts(by_tree, root_key(self.config.seed, "shuffle", self.state.step))
         return by_tree

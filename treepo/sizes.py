@@ -52,8 +52,11 @@ def _memory(config: TrainConfig) -> dict[str, str]:
 
 def _num_parameters(file: Path) -> int:
     with file.open("rb") as stream:  # a safetensors file starts with the length of its JSON header
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        except (struct.error, ValueError) as error:
+            raise ValueError(f"{file} is no complete safetensors file: {error}") from error
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 

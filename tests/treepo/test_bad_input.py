@@ -35,6 +35,9 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("model.path=no/such/folder", "no such folder"),
         ("model.path=asset:huge", "not shipped; shipped: tiny_chain_sum"),
         ("experiment_name=a/b", "folder name"),
+        ("+trainer.total_step=9", "unknown key trainer.total_step: trainer knows.*total_steps"),
+        ("+experiment_nam=x", "unknown key experiment_nam: the configuration knows"),
+        ("reward.parts.reasoning_gym.name=nowhere.py:f", "there is no file nowhere.py"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, message):
@@ -50,7 +53,10 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, messa
         (["cluster.num_rollout_workers=400"], "not enough CPUs.*400.*missing.*Lower the numbers"),
         (["cluster.gpus_per_learner_rank=64"], "not enough GPUs.*64"),
         (["max_prompt_length=8"], "more than max_prompt_length=8"),
-        (["trainer.train_batch_size=128", "data.size=10"], "batch of 128.*from 10"),
+        (
+            ["trainer.train_batch_size=128", "data.size=10"],
+            "train_batch_size=128 is more than the 10 problems",
+        ),
         (["resume_mode=nowhere"], "neither auto nor disable, nor a run's folder"),
     ],
 )
@@ -59,6 +65,7 @@ def test_what_shows_only_when_a_run_is_opened_stops_it_before_any_work(
 ):
     with pytest.raises(ValueError, match=message):
         train(configure(tmp_path, *overrides))
+    assert not (tmp_path / "latest").exists()  # no run was begun
 
 
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path):
@@ -96,3 +103,64 @@ def test_a_checkpoint_without_its_completion_marker_is_refused(tmp_path):
     (tmp_path / "global_step_5").mkdir()
     with pytest.raises(ValueError, match="completion marker"):
         check_complete(tmp_path / "global_step_5")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "the folder has no weights"),
+        (lambda file: file.write_bytes(file.read_bytes()[:4]), "no complete safetensors file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "no complete safetensors file"),
+    ],
+)
+def test_a_model_folder_without_whole_weights_is_named(tmp_path, tiny_model_path, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model_path, folder)
+    damage(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        derived_sizes(configure(tmp_path, f"model.path={folder}"))
+
+
+def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
+    tmp_path, tiny_model_path
+):
+    import torch
+
+    from rollout.model_runner import load_model
+    from trainers.model import load_policy
+
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_model_path, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(folder, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_policy(str(folder), dtype=torch.float32)
+
+
+def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
+    name = f"reward.parts.custom.name={file}:compute_score"
+    done = run(tmp_path, "reward=custom", name)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "got a verdict" in line and "ZeroDivisionError" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_resumed_by_path_with_its_own_settings_only(tmp_path):
+    from treepo.cli import to_yaml
+    from treepo.run_folder import begin_run
+
+    config = configure(tmp_path)
+    begun, lock = begin_run(tmp_path, "quickstart", to_yaml(config))
+    lock.release()
+    with pytest.raises(ValueError, match="other settings: seed, trainer.train_batch_size"):
+        train(
+            configure(tmp_path, f"resume_mode={begun.path}", "seed=5", "trainer.train_batch_size=2")
+        )
+    begun.finish({})
+    with pytest.raises(ValueError, match="is finished.*model.path="):
+        train(configure(tmp_path, f"resume_mode={begun.path}"))

@@ -150,7 +150,7 @@ def test_the_lock_of_a_killed_process_whose_parent_never_asked_is_taken_over(
     run = unfinished_run(tmp_path)
     holder = holder_of(run)
     holder.send_signal(signal.SIGKILL)
-    holder.stdout.read()  # ends when the process does, which stays as a zombie
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it is over, and stays as a zombie
     assert claim_unfinished_run(tmp_path, "adding") is not None
 
 
