@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,12 +89,15 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray replaces CUDA_VISIBLE_DEVICES of workers without a GPU unless told not to.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=self.config.address or "local",
             include_dashboard=False if self.config.address is None else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in place, which aborts
         if self.config.address is not None:
             check_resources(self.config, ray.cluster_resources())
         return self

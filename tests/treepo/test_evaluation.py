@@ -10,6 +10,7 @@ import pytest
 
 from rewards.records import ERROR, SCORED, TIMEOUT, UNPARSABLE, RewardResult
 from rollout.tree import EOS, TRUNCATED, Segment, Tree
+from treepo.base.errors import RunFailed
 from treepo.evaluation import SamplingPass, evaluate, greedy_and_sampled
 
 EOS_ID = 0
@@ -145,9 +146,14 @@ def test_responses_without_a_verdict_are_neither_right_nor_wrong() -> None:
     assert (row.correct, row.score, row.outcome, row.detail) == (None, None, "timeout", "killed")
 
 
-def test_when_no_verdict_was_given_there_is_no_score_but_a_count() -> None:
-    result = run({"a": ["slow"] * 4})
-    assert result.estimates == {}
+def test_when_no_verdict_was_given_at_all_the_evaluation_fails_and_says_why() -> None:
+    with pytest.raises(RunFailed, match="none of 4 responses got a verdict.*killed"):
+        run({"a": ["slow"] * 4})
+
+
+def test_a_problem_without_verdicts_is_left_out_and_counted() -> None:
+    result = run({"a": ["slow"] * 4, "b": ["7", "7", "x", "7"]})
+    assert result.estimates["val-core/test/mean@4"].num_problems == 1
     assert result.metrics["val-aux/test/sampled/num_without_verdict"] == 4
 
 

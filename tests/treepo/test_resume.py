@@ -38,11 +38,14 @@ def uninterrupted(tmp_path_factory) -> Path:
     return (outputs / "latest").resolve()
 
 
-def kill_and_resume(outputs: Path, when) -> Path:
+def kill_and_resume(outputs: Path, when, with_signal: int = signal.SIGKILL) -> Path:
     process = start(outputs, *OVERRIDES)
     wait_for(lambda: (outputs / "latest").exists() and when(), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, with_signal)
+    _, errors = process.communicate()
+    if with_signal != signal.SIGKILL:
+        assert process.returncode == 130, errors
+        assert "goes on from the last checkpoint" in errors and "Traceback" not in errors
     killed = (outputs / "latest").resolve()
     done = run(outputs, *OVERRIDES)
     assert done.returncode == 0, done.stderr
@@ -80,6 +83,14 @@ def test_sigkill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
 
     killed = kill_and_resume(tmp_path, writing)
     same_end(uninterrupted, killed)
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_is_resumed(
+    uninterrupted, tmp_path, with_signal
+):
+    stopped = kill_and_resume(tmp_path, lambda: num_rows(tmp_path) > 3, with_signal)
+    same_end(uninterrupted, stopped)
 
 
 def test_a_second_start_after_the_end_is_a_new_run(uninterrupted):
