@@ -1,0 +1,35 @@
+"""Rollout: token trees sampled by an engine whose cache is the tree.
+
+Names are loaded on first use, so that settings can be parsed without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rollout.engine import Engine as Engine
+    from rollout.extend import ExtendSpec as ExtendSpec
+    from rollout.metrics import CostLedger as CostLedger
+    from rollout.scheduler import generate as generate
+    from rollout.settings import EngineSettings as EngineSettings
+    from rollout.tree import Segment as Segment
+    from rollout.tree import Tree as Tree
+
+_PUBLIC = {
+    "Engine": "rollout.engine",
+    "ExtendSpec": "rollout.extend",
+    "CostLedger": "rollout.metrics",
+    "generate": "rollout.scheduler",
+    "EngineSettings": "rollout.settings",
+    "Segment": "rollout.tree",
+    "Tree": "rollout.tree",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rollout' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
