@@ -35,6 +35,7 @@ def commands(*files: str) -> list[list[str]]:
     return found
 
 
+README_REWARD = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
 ALL = commands("README.md", "CONTRIBUTING.md")
 OURS = [(words[2], words[3:]) for words in ALL if words[1:2] == ["-m"]]
 
@@ -49,7 +50,11 @@ def test_every_make_target_exists(target: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "words"), OURS, ids=[" ".join(w[1][:3]) for w in OURS])
-def test_every_command_line_composes_and_passes_its_checks(module: str, words: list[str]) -> None:
+def test_every_command_line_composes_and_passes_its_checks(
+    module: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_reward.py").write_text(README_REWARD)
     name = module.removeprefix("treepo.")
     config = compose(name, SCHEMAS[name], [word for word in words if word != "--dry-run"])
     if isinstance(config, TrainConfig):

@@ -20,7 +20,7 @@ GROUPS = ("model", "data", "rollout", "algorithm", "trainer", "reward", "cluster
 CHOICES = [f"{group}={p.stem}" for group in GROUPS for p in (CONFIGS / group).glob("*.yaml")]
 NEEDED = {
     "data=file": ["data.files=[rows.jsonl]"],
-    "reward=custom": ["reward.parts.custom.name=mine.py:f"],
+    "reward=custom": ["reward.parts.custom.name=rewards.exact:make"],
 }
 
 
