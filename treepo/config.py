@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from rewards.settings import RewardSettings
 from rollout.settings import EngineSettings
@@ -27,7 +27,7 @@ class ModelConfig:
     """The policy to start from."""
 
     path: str = "asset:tiny_chain_sum"  # folder, Hub name, or asset:NAME (shipped with the package)
-    tokenizer: Optional[str] = None  # folder or Hub name; default: the model's own  # noqa: UP045
+    tokenizer: str | None = None  # folder or Hub name; default: the model's own
     trust_remote_code: bool = False
 
 
@@ -90,7 +90,7 @@ class EvaluationConfig:
 class ClusterConfig:
     """How many processes there are and what each may use."""
 
-    # of a running Ray cluster; default: start one here  # noqa: UP045
+    # of a running Ray cluster; default: start one here
     address: str | None = None
     num_rollout_workers: int = 1
     num_learner_ranks: int = 1

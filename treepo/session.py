@@ -36,8 +36,6 @@ from treepo.text import Decoder
 from treepo.tracking import Tracker
 from treepo.tree_file import write_trees
 
-# its draws are the same at every evaluation, so changes are the model's
-
 
 @dataclass(kw_only=True)
 class Session:

@@ -4,12 +4,12 @@ functions.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.records import OUTCOMES, RewardResult
+from rewards.pool import count_outcomes
+from rewards.records import RewardResult
 from rollout.tree import TRUNCATED, Tree
 
 
@@ -57,7 +57,6 @@ def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, floa
     every = [verdict for of_tree in verdicts for verdict in of_tree]
     judged = [verdict for verdict in every if verdict.has_verdict]
     scores = [verdict.score for verdict in judged]
-    counts = Counter(verdict.outcome for verdict in every)
     groups = [[v.score for v in of_tree if v.has_verdict] for of_tree in verdicts]
     without_spread = sum(len(set(group)) < 2 for group in groups)
     metrics = {
@@ -68,7 +67,7 @@ def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, floa
         "critic/accuracy": float(np.mean([v.correct for v in judged])) if judged else float("nan"),
         "frac_reward_zero_std": without_spread / len(groups),
     }
-    metrics.update({f"reward/outcome/{name}": float(counts[name]) for name in OUTCOMES})
+    metrics |= {f"reward/outcome/{k}": float(n) for k, n in count_outcomes(every).items()}
     for part in sorted({name for verdict in judged for name in verdict.parts}):
         values = [verdict.parts[part] for verdict in judged if part in verdict.parts]
         metrics[f"reward/part/{part}"] = float(np.mean(values))

@@ -1,10 +1,9 @@
 """Weights from the learner to every engine, and the proof that they arrived.
 
 Two proofs at every publication: each engine's checksums of its stored tensors equal those of what
-    was sent, and the
-log-probabilities of a few golden token sequences computed by the engines through their KV trees
-equal the learner's own. The first catches corruption, the second what a checksum cannot see: right
-bytes used wrongly.
+was sent, and the log-probabilities of a few golden token sequences computed by the engines through
+their KV trees equal the learner's own. The first catches corruption, the second what a checksum
+cannot see: right bytes used wrongly.
 """
 
 from __future__ import annotations
