@@ -1,7 +1,10 @@
-"""The cost ledger: what sampling took, in counts that carry no noise, and wall time."""
+"""The cost ledger: what sampling took, in counts that carry no noise, and wall time; and gauges:
+what the engine holds at the moment.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
 _PEAKS = ("peak_kv_slots", "peak_kv_bytes")
@@ -18,22 +21,54 @@ class CostLedger:
         query_tokens: rows forwarded, padding excluded.
         unique_tokens: the least number of query tokens that any engine needs: each distinct
             token of the finished trees whose next token was drawn, once.
+        path_tokens: tokens above the segments that were started: what an engine that shares
+            nothing would have to compute before it draws.
+        cached_tokens: of these, the ones whose keys and values were there already, or were being
+            computed for another request.
         segments: finished extend requests.
+        cancelled: requests cancelled before they finished.
         preempted: requests put back for lack of slots.
+        draft_tokens: tokens of draft trees that were forwarded.
+        wasted_draft_tokens: of these, the ones that were not committed.
+        scorer_passes: calls of a scorer, one a path.
         peak_kv_slots: most slots in use by live paths at one time (cached leftovers not counted).
         peak_kv_bytes: the same in bytes over all layers.
-        wall_seconds: in the engine's steps.
+        wall_seconds: in the engine's calls.
     """
 
     generated_tokens: int = 0
     sequential_steps: int = 0
     query_tokens: int = 0
     unique_tokens: int = 0
+    path_tokens: int = 0
+    cached_tokens: int = 0
     segments: int = 0
+    cancelled: int = 0
     preempted: int = 0
+    draft_tokens: int = 0
+    wasted_draft_tokens: int = 0
+    scorer_passes: int = 0
     peak_kv_slots: int = 0
     peak_kv_bytes: int = 0
     wall_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens above started segments that were not computed again."""
+        return self.cached_tokens / self.path_tokens if self.path_tokens else 0.0
+
+    @property
+    def shared_token_ratio(self) -> float:
+        """Share of an unsharing engine's query tokens that were saved. Such an engine computes the
+        path above each segment and all but the last token drawn.
+        """
+        alone = self.path_tokens + self.generated_tokens - self.segments
+        return 1.0 - self.query_tokens / alone if alone > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens drawn a second of the engine's time."""
+        return self.generated_tokens / self.wall_seconds if self.wall_seconds else 0.0
 
     def merge(self, other: CostLedger) -> CostLedger:
         """Both stretches together."""
@@ -44,3 +79,61 @@ class CostLedger:
         return CostLedger(**joined)
 
     __add__ = merge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineGauges:
+    """What an engine holds at one moment.
+
+    Attributes:
+        num_waiting, num_running: requests.
+        slots_free: of the pool.
+        slots_held: of the pool; the live and the cached ones.
+        slots_live: held by locked paths: handles and running requests.
+        slots_cached: held by nobody, kept for whoever asks for the same tokens; evicted on demand.
+        kv_bytes_per_slot: over all layers; 0 before the first forward.
+    """
+
+    num_waiting: int
+    num_running: int
+    slots_free: int
+    slots_held: int
+    slots_live: int
+    slots_cached: int
+    kv_bytes_per_slot: int
+
+
+class Meter:
+    """Running totals that the parts of an engine add to, cheap enough for every step."""
+
+    def __init__(self) -> None:
+        self._totals: Counter[str] = Counter()
+        self._peak_kv_slots = 0
+
+    def count(self, **amounts: float) -> None:
+        """Add to fields of the ledger that add up."""
+        for name, amount in amounts.items():
+            self._totals[name] += amount  # type: ignore[assignment]
+
+    def peak(self, kv_slots: int) -> None:
+        """Slots in use by live paths now."""
+        self._peak_kv_slots = max(self._peak_kv_slots, kv_slots)
+
+    def add(self, costs: CostLedger) -> None:
+        """Add a whole ledger."""
+        self.count(
+            **{f.name: getattr(costs, f.name) for f in fields(costs) if f.name not in _PEAKS}
+        )
+        self.peak(costs.peak_kv_slots)
+
+    def reset(self) -> None:
+        self._totals.clear()
+        self._peak_kv_slots = 0
+
+    def ledger(self, bytes_per_slot: int) -> CostLedger:
+        """What was counted since the last ``reset``."""
+        return CostLedger(
+            **self._totals,  # type: ignore[arg-type]
+            peak_kv_slots=self._peak_kv_slots,
+            peak_kv_bytes=self._peak_kv_slots * bytes_per_slot,
+        )

@@ -69,9 +69,9 @@ def _tree_logits(engine: Engine) -> tuple[list[np.ndarray], list[torch.Tensor]]:
         tree.set_slots(node, slots)
     half = trunk_length // 2
     try:
-        first = engine.forward([Block(trunk, 0, half, trunk.token_ids[:half])])
-        second = engine.forward([Block(trunk, half, trunk_length, trunk.token_ids[half:])])
-        third = engine.forward([_whole(node) for node in (left, right, tip)])
+        first = engine.block_logits([Block(trunk, 0, half, trunk.token_ids[:half])])
+        second = engine.block_logits([Block(trunk, half, trunk_length, trunk.token_ids[half:])])
+        third = engine.block_logits([_whole(node) for node in (left, right, tip)])
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"model {type(engine.model).__name__} cannot be served by the tree engine: its forward "

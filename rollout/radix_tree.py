@@ -13,7 +13,8 @@ values), slotted (they have a slot that is not written yet), and bare.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,6 +80,7 @@ class RadixTree:
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
         self.roots: dict[int, TreeNode] = {}
+        self._retired: list[TreeNode] = []  # roots of older weights that requests still grow from
         self.num_protected = 0  # slots of locked nodes
         self._clock = 0
 
@@ -154,6 +156,18 @@ class RadixTree:
             node.is_alive = False
         elif not node.is_private:
             node.parent.children.setdefault(int(node.token_ids[0]), []).append(node)
+
+    def publish(self, node: TreeNode, length: int) -> None:
+        """Let lookups find a private node, cut after its first ``length`` tokens."""
+        assert node.is_private and node.parent is not None and 0 < length <= len(node.token_ids)
+        assert length == len(node.token_ids) or not node.num_children
+        self.pool.free(node.slots[length:])
+        self.set_slots(node, node.slots[:length])
+        node.token_ids = node.token_ids[:length]
+        node.num_computed = min(node.num_computed, length)
+        node.is_private = False
+        node.parent.children.setdefault(int(node.token_ids[0]), []).append(node)
+        self.touch(node)
 
     def set_slots(self, node: TreeNode, slots: np.ndarray) -> None:
         """Record that ``node`` holds ``slots``."""
@@ -275,19 +289,44 @@ class RadixTree:
                 heapq.heappush(heap, (parent.priority, parent.last_use, id(parent), parent))
         return freed
 
-    def clear(self) -> None:
-        """Delete every node, locked ones too, and give all slots back."""
+    def retire(self, keep: Iterable[TreeNode] = ()) -> None:
+        """Delete every node, locked ones too, and give all slots back.
+
+        Args:
+            keep: open nodes that stay with all their ancestors, each for one lock of its own. No
+                lookup finds them any more.
+        """
+        locks: Counter[TreeNode] = Counter()
+        for leaf in keep:
+            assert leaf.is_open
+            locks.update(leaf.path())
+        num_children = Counter(node.parent for node in locks if node.parent is not None)
         for node in list(self.nodes()):
-            assert not node.is_open, "requests are running"
-            self.pool.free(node.slots)
-            node.slots = _NO_SLOTS
-            node.is_alive = False
+            if node not in locks:
+                assert not node.is_open, "requests are running"
+                self.pool.free(node.slots)
+                node.slots = _NO_SLOTS
+                node.is_alive = False
+        for node, count in locks.items():
+            node.lock_ref = count
+            node.num_children = num_children[node]
+            node.children = {
+                first: kept
+                for first, below in node.children.items()
+                if (kept := [child for child in below if child in locks])
+            }
+        roots = [*self.roots.values(), *self._retired]
+        self._retired = [root for root in roots if root in locks]
         self.roots.clear()
-        self.num_protected = 0
+        self.num_protected = sum(len(node.slots) for node in locks)
+
+    def forget_empty_roots(self) -> None:
+        """Forget retired roots below which nothing is left."""
+        self._retired = [root for root in self._retired if root.num_children]
 
     def nodes(self) -> Iterator[TreeNode]:
-        """All nodes that lookups can reach, roots included."""
-        stack = list(self.roots.values())
+        """All nodes that lookups can reach, roots included, and retired ones."""
+        stack = [*self.roots.values(), *self._retired]
         while stack:
             node = stack.pop()
             yield node

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from rollout.engine import Completion, Engine, Node
+from rollout.engine import Engine
 from rollout.extend import ExtendRequest, ExtendResult
 from rollout.metrics import CostLedger
+from rollout.requests import Completion
+from rollout.store import Node
 from rollout.strategies.base import Prompt, Strategy
 from rollout.tree import Tree
 

@@ -20,6 +20,8 @@ class EngineSettings:
     device: str = "cpu"  # any torch device, e.g. cpu or cuda:0
     num_kv_slots: int = 65536  # size of the KV pool in tokens
     max_running_requests: int = 512  # segments decoded at one time
+    # query rows of one forward: tokens being decoded, and parts of new prompts with what is left
+    max_tokens_per_step: int = 8192
     attention: str = "auto"  # back end: auto (per node), cpu (per node), reference (dense, slow)
     share_prefixes: bool = True  # False: every request computes its whole path privately
     num_threads: int = 1  # torch threads of a rollout worker
@@ -31,6 +33,12 @@ class EngineSettings:
             value = getattr(self, field)
             if value < 1:
                 raise ValueError(f"engine setting {field}={value} is out of range: it must be >= 1")
+        if self.max_tokens_per_step <= self.max_running_requests:
+            raise ValueError(
+                f"engine setting max_tokens_per_step={self.max_tokens_per_step} leaves no room for "
+                f"new prompts beside max_running_requests={self.max_running_requests} decoded "
+                "tokens: raise the one or lower the other"
+            )
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

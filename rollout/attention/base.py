@@ -8,7 +8,7 @@ and answers each query row from its path.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -68,6 +68,19 @@ class Plan(Protocol):
         """Attention of ``query [N, H, Dk]`` over the pool's ``keys [slots, Hkv, Dk]`` and
         ``values [slots, Hkv, Dv]``; returns [N, H, Dv].
         """
+        ...
+
+
+@runtime_checkable
+class GrowingPlan(Plan, Protocol):
+    """A plan that goes on from one token to the next while segments grow and end."""
+
+    def advance(self) -> None:
+        """Every row moves one token on in its open node."""
+        ...
+
+    def keep(self, mask: np.ndarray) -> None:
+        """Forget the rows (bool [N]) whose segments ended; the others move up in order."""
         ...
 
 

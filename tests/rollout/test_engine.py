@@ -278,7 +278,10 @@ def test_random_forks_cuts_frees_and_evictions_keep_exactness_and_integrity():
             nodes.append(engine.split(node, int(rng.integers(1, len(node.path_token_ids()) + 1))))
         elif choice == 3 and len(nodes) > 6:
             gone = nodes.pop(int(rng.integers(len(nodes))))
-            if all(request.node is not gone for request in (*engine._waiting, *engine._running)):
+            if all(
+                request.node is not gone
+                for request in (*engine._decoder.waiting, *engine._decoder.running)
+            ):
                 engine.free(gone, drop=bool(rng.integers(2)))
         elif choice == 4:
             engine.tree.evict(int(rng.integers(1, 40)))

@@ -1,0 +1,203 @@
+"""Draft trees: tokens somebody else proposes, forwarded in one go below a position, of which some
+are kept.
+
+Speculative decoding, scoring and look-ahead are this one verb: add a few nodes to the tree, read
+the logits at each, keep a path of them with its keys and values, drop the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rollout.attention.base import Block
+from rollout.forward import TreeForward
+from rollout.radix_tree import TreeNode
+from rollout.store import Node, TreeStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DraftTree:
+    """Tokens below one position.
+
+    Attributes:
+        parents: int64 [n], index of each token's parent; -1 for those directly below the position.
+            Parents come before their children.
+        token_ids: int32 [n].
+
+    Raises:
+        ValueError: lengths differ, or a parent does not come before its child.
+    """
+
+    parents: np.ndarray
+    token_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.parents.shape != self.token_ids.shape or self.parents.ndim != 1:
+            raise ValueError(
+                f"draft tree: parents {self.parents.shape} and token_ids {self.token_ids.shape} "
+                "must be vectors of one length"
+            )
+        order = np.arange(len(self.parents))
+        if ((self.parents < -1) | (self.parents >= order)).any():
+            bad = int(np.flatnonzero((self.parents < -1) | (self.parents >= order))[0])
+            raise ValueError(
+                f"draft tree: parents[{bad}]={self.parents[bad]}: a parent is -1 or the index of "
+                "an earlier token"
+            )
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int] | np.ndarray) -> DraftTree:
+        """One path."""
+        ids = np.asarray(token_ids, np.int32)
+        return cls(parents=np.arange(-1, len(ids) - 1), token_ids=ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Draft:
+    """A forwarded draft tree. It holds slots until it is committed.
+
+    Attributes:
+        node: what it hangs below.
+        logits: [n + 1, V]; row 0 predicts what follows the node, row i + 1 what follows token i.
+        base: the node's place in the radix tree, locked.
+        runs: radix nodes, each a run of tokens without a fork inside, parents first.
+        run_of: int64 [n], the run that holds each token.
+        offset_of: int64 [n], its place in the run.
+    """
+
+    node: Node
+    tree: DraftTree
+    logits: torch.Tensor
+    base: TreeNode
+    runs: tuple[TreeNode, ...]
+    run_of: np.ndarray
+    offset_of: np.ndarray
+
+
+def forward_draft(
+    store: TreeStore, forward: TreeForward, node: Node, tree: DraftTree, chunk: int
+) -> Draft:
+    """Compute a draft tree below ``node``, and what is missing of the node's own path, ``chunk``
+    rows a forward.
+
+    Raises:
+        ValueError: slots are short.
+    """
+    base = store.resolve(node)
+    store.tree.lock(base)
+    if not store.give_slots(base, growth=len(tree), may_break=True):
+        store.tree.unlock(base)
+        raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
+    forward.compute(base, chunk)
+    runs, run_of, offset_of = _plant(store, base, tree)
+    logits = _logits(forward, base, runs, run_of, offset_of)
+    forward.meter.count(draft_tokens=len(tree))
+    return Draft(
+        node=node,
+        tree=tree,
+        logits=logits,
+        base=base,
+        runs=tuple(runs),
+        run_of=run_of,
+        offset_of=offset_of,
+    )
+
+
+def commit_draft(store: TreeStore, draft: Draft, path: Sequence[int]) -> Node:
+    """Keep the tokens of ``path`` and drop the others.
+
+    Args:
+        path: indices of tokens, from one directly below the node downwards; empty keeps none.
+
+    Returns:
+        a handle on the last token kept (on the node's own position if there is none).
+
+    Raises:
+        ValueError: the indices are no path of the draft tree.
+    """
+    _check_path(draft.tree, path)
+    kept: dict[int, int] = {}  # run -> tokens of it that stay
+    for index in path:
+        kept[int(draft.run_of[index])] = int(draft.offset_of[index]) + 1
+    for number in reversed(range(len(draft.runs))):
+        if number not in kept:
+            store.tree.remove(draft.runs[number])
+    end = draft.base
+    for number, length in kept.items():
+        end = draft.runs[number]
+        store.tree.publish(end, length)
+    token_ids = draft.tree.token_ids[np.asarray(path, np.int64)]
+    node = store.handle(draft.node, token_ids, end)
+    store.tree.unlock(draft.base)
+    return node
+
+
+def _plant(
+    store: TreeStore, base: TreeNode, tree: DraftTree
+) -> tuple[list[TreeNode], np.ndarray, np.ndarray]:
+    """Private nodes with slots for every run of the draft."""
+    count = len(tree)
+    num_children = np.bincount(tree.parents + 1, minlength=count + 1)
+    run_of, offset_of = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    tokens: list[list[int]] = []
+    above: list[int] = []  # run that each run hangs below, -1 for the base
+    for index, parent in enumerate(tree.parents.tolist()):
+        if parent >= 0 and num_children[parent + 1] == 1:
+            run_of[index], offset_of[index] = run_of[parent], offset_of[parent] + 1
+            tokens[run_of[index]].append(int(tree.token_ids[index]))
+        else:
+            run_of[index] = len(tokens)
+            tokens.append([int(tree.token_ids[index])])
+            above.append(int(run_of[parent]) if parent >= 0 else -1)
+    runs: list[TreeNode] = []
+    for ids, parent in zip(tokens, above, strict=True):
+        start = runs[parent] if parent >= 0 else base
+        run = store.tree.insert_private(start, np.array(ids, np.int32))
+        store.add_slots(run, len(ids))
+        runs.append(run)
+    return runs, run_of, offset_of
+
+
+def _logits(
+    forward: TreeForward,
+    base: TreeNode,
+    runs: Sequence[TreeNode],
+    run_of: np.ndarray,
+    offset_of: np.ndarray,
+) -> torch.Tensor:
+    """[n + 1, V] of the base's last token and of every draft token, in one forward."""
+    blocks = [
+        Block(node, node.num_computed, len(node.token_ids), node.token_ids[node.num_computed :])
+        for node in base.path()
+        if node.num_computed < len(node.token_ids)
+    ]
+    if not blocks or blocks[-1].node is not base:
+        last = len(base.token_ids) - 1
+        blocks.append(Block(base, last, last + 1, base.token_ids[last:], writes=False))
+    blocks += [Block(run, 0, len(run.token_ids), run.token_ids) for run in runs]
+    rows = forward.rows(blocks)
+    last_row = rows.last_rows()
+    firsts = np.array([last_row[id(run)] + 1 - len(run.token_ids) for run in runs], np.int64)
+    places = np.concatenate([[last_row[id(base)]], firsts[run_of] + offset_of])
+    wanted, order = np.unique(places, return_inverse=True)
+    logits = forward.run(rows, wanted)
+    forward.settle(rows)
+    return logits[torch.from_numpy(order).to(logits.device)]
+
+
+def _check_path(tree: DraftTree, path: Sequence[int]) -> None:
+    above = -1
+    for index in path:
+        if not 0 <= index < len(tree) or tree.parents[index] != above:
+            raise ValueError(
+                f"commit path={list(path)} is no path of the draft tree: token {index} is not a "
+                f"child of {'the node' if above < 0 else f'token {above}'}"
+            )
+        above = index

@@ -1,0 +1,118 @@
+"""One forward of the model over blocks of tree nodes: rows in tree order, a plan, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rollout.attention.base import Block, Plan
+from rollout.attention.cpu import NodePlan
+from rollout.attention.reference import ReferencePlan
+from rollout.attention.spans import lay_out
+from rollout.metrics import Meter
+from rollout.model_runner import ModelRunner
+from rollout.radix_tree import TreeNode
+from rollout.settings import EngineSettings
+
+
+@dataclass(eq=False, slots=True)
+class Rows:
+    """The query rows of one forward.
+
+    Attributes:
+        blocks: in row order.
+        token_ids: int32 [N].
+        positions: int64 [N], depth in tokens.
+        slots: int64 [N] that the rows write.
+    """
+
+    plan: Plan
+    blocks: list[Block]
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+
+    def last_rows(self) -> dict[int, int]:
+        """Row of each block's last token, by ``id`` of the block's node."""
+        ends = np.cumsum([block.num_rows for block in self.blocks]) - 1
+        return {id(block.node): int(end) for block, end in zip(self.blocks, ends, strict=True)}
+
+
+class TreeForward:
+    """Runs the model over tree nodes that have slots."""
+
+    def __init__(self, runner: ModelRunner, settings: EngineSettings, meter: Meter) -> None:
+        self.runner = runner
+        self.pool = runner.pool
+        self.meter = meter
+        self._attention = settings.attention
+
+    def rows(self, blocks: Sequence[Block]) -> Rows:
+        """Lay the blocks' tokens out as query rows (at most one block a node)."""
+        ordered, spans = lay_out(blocks)
+        positions = np.concatenate(
+            [np.arange(b.node.start + b.start, b.node.start + b.stop) for b in ordered]
+        )
+        trash = self.pool.trash_slot
+        slots = np.concatenate(
+            [
+                b.node.slots[b.start : b.stop] if b.writes else np.full(b.num_rows, trash)
+                for b in ordered
+            ]
+        )
+        plan: Plan
+        if self._attention == "reference":
+            plan = ReferencePlan(ordered, self.pool.device)
+        else:
+            plan = NodePlan(
+                spans,
+                positions,
+                num_slots=self.pool.num_slots,
+                slot_bytes=self.pool.bytes_per_slot // max(1, len(self.pool.keys)),
+                device=self.pool.device,
+            )
+        token_ids = np.concatenate([b.token_ids for b in ordered])
+        return Rows(plan, ordered, token_ids, positions, slots)
+
+    def run(self, rows: Rows, wanted: np.ndarray) -> torch.Tensor:
+        """Logits [W, V] at the ``wanted`` rows (int64 [W]); keys and values of all are stored."""
+        logits = self.runner.forward(rows.token_ids, rows.positions, rows.slots, rows.plan, wanted)
+        self.meter.count(sequential_steps=1, query_tokens=len(rows.token_ids))
+        return logits
+
+    def settle(self, rows: Rows) -> None:
+        """Record in the nodes what a forward has computed."""
+        for block in rows.blocks:
+            if block.writes:
+                block.node.num_computed = max(block.node.num_computed, block.stop)
+
+    def compute(self, node: TreeNode, chunk: int) -> None:
+        """Compute what is missing of a path, whose tokens must have slots, ``chunk`` rows a
+        forward, until at most ``chunk`` are left for the caller's own forward.
+        """
+        missing = [n for n in node.path() if n.num_computed < len(n.token_ids)]
+        left = sum(len(n.token_ids) - n.num_computed for n in missing)
+        for part in missing:
+            while left > chunk and part.num_computed < len(part.token_ids):
+                start = part.num_computed
+                stop = min(start + chunk, len(part.token_ids))
+                rows = self.rows([Block(part, start, stop, part.token_ids[start:stop])])
+                self.run(rows, np.zeros(1, np.int64))
+                self.settle(rows)
+                left -= stop - start
+
+    def logits(self, blocks: Sequence[Block]) -> torch.Tensor:
+        """Logits [N, V] of every row of the blocks, in the order of ``blocks``. Their ancestors
+        must be computed or be blocks too.
+        """
+        rows = self.rows(blocks)
+        found = self.run(rows, np.arange(len(rows.token_ids)))
+        self.settle(rows)
+        last = rows.last_rows()
+        order = np.concatenate(
+            [last[id(b.node)] + 1 - b.num_rows + np.arange(b.num_rows) for b in blocks]
+        )
+        return found[torch.from_numpy(order).to(found.device)]
