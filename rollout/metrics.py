@@ -133,7 +133,7 @@ class Meter:
     def ledger(self, bytes_per_slot: int) -> CostLedger:
         """What was counted since the last ``reset``."""
         return CostLedger(
-            **self._totals,  # type: ignore[arg-type]
+            **self._totals,
             peak_kv_slots=self._peak_kv_slots,
             peak_kv_bytes=self._peak_kv_slots * bytes_per_slot,
         )
