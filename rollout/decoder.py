@@ -56,7 +56,14 @@ class Decoder:
         return request.request_id
 
     def cancel(self, request_id: int) -> bool:
-        """Forget a request; False if it is finished or unknown."""
+        """Forget a request, also one whose completion was not fetched yet; False if it is unknown
+        or fetched.
+        """
+        for completion in self.done:
+            if completion.request_id == request_id:
+                self.done.remove(completion)
+                self.store.free(completion.node, drop=True)
+                return True
         if request_id not in self.unfinished:
             return False
         self.unfinished.remove(request_id)

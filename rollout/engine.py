@@ -139,7 +139,9 @@ class Engine:
         return self._decoder.submit(node, spec, path_key)
 
     def cancel(self, request_id: int) -> bool:
-        """Forget a request; False if it is finished or unknown, which is left alone."""
+        """Forget a request, also one whose completion was not fetched yet; False if it is unknown
+        or fetched, which is left alone.
+        """
         return self._decoder.cancel(request_id)
 
     @property

@@ -98,6 +98,8 @@ class _Run:
                     yield index, finished
             self._submit()
             for growing, results in self._deliveries(self.engine.step()):
+                if growing.index not in self.growing:  # finished without these, in this very step
+                    continue
                 growing.outstanding -= len(results)
                 growing.state, requests = self.strategy.advance(growing.state, results)
                 finished = self._take(growing, requests)
@@ -130,11 +132,19 @@ class _Run:
         if tree is None:
             assert growing.outstanding, "the strategy waits for results it has not asked for"
             return None
-        assert not growing.outstanding, "the strategy finished a tree with requests outstanding"
+        if growing.outstanding:
+            self._cancel(growing)
         self._free(growing)
         del self.growing[growing.index]
         self.engine.add_costs(CostLedger(unique_tokens=num_unique_tokens(tree)))
         return tree
+
+    def _cancel(self, growing: _Growing) -> None:
+        """Forget what a strategy asked for and no longer wants."""
+        self.queue = [pair for pair in self.queue if pair[0] is not growing]
+        for request_id in [i for i, (owner, _) in self.submitted.items() if owner is growing]:
+            self.engine.cancel(request_id)
+            del self.submitted[request_id]
 
     def _submit(self) -> None:
         if self.rng is None:

@@ -110,6 +110,9 @@ class Session:
             "rollout/sequential_steps": float(ledger.sequential_steps),
             "rollout/preempted": float(ledger.preempted),
             "rollout/peak_kv_bytes": float(ledger.peak_kv_bytes),
+            "rollout/hit_rate": ledger.hit_rate,
+            "rollout/shared_token_ratio": ledger.shared_token_ratio,
+            "rollout/tokens_per_second": ledger.tokens_per_second,
         }
 
     def judge(self, problems: Sequence[Problem], trees: Sequence[Tree]) -> list[list[RewardResult]]:

@@ -47,7 +47,9 @@ class Strategy(Protocol):
     ) -> tuple[Any, list[ExtendRequest]]: ...
 
     def tree(self, state: Any) -> Tree | None:
-        """The finished tree, or None while requests are outstanding."""
+        """The finished tree, or None while it grows. Requests that are outstanding when it is
+        finished are cancelled.
+        """
         ...
 
 

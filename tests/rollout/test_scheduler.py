@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, path_logprobs, tiny_model
 
 from rollout.engine import Engine
+from rollout.extend import ExtendSpec
 from rollout.scheduler import generate, generate_all, num_unique_tokens
 from rollout.settings import EngineSettings
+from rollout.strategies.arena import sampled_segment
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
+from rollout.tree import Tree
 from treepo.base.keys import root_key
 
 STOP = 4
@@ -162,3 +167,53 @@ def test_an_engine_path_that_differs_from_the_record_is_caught():
     engine.append = cutting
     with pytest.raises(AssertionError, match="differs from the recorded"):
         list(generate(engine, strategy, prompts()))
+
+
+class FirstTwo:
+    """Asks for responses and is content with the first two that arrive."""
+
+    def __init__(self, flat):
+        self.flat = flat
+
+    def start(self, prompt):
+        return self.flat.start(prompt)
+
+    def advance(self, state, results):
+        received = (*state.received, *results)
+        left = tuple(r for r in state.outstanding if r not in [x.request for x in received])
+        return replace(state, outstanding=left, received=received), []
+
+    def tree(self, state):
+        if len(state.received) < 2:
+            return None
+        found = [sampled_segment(r, "length") for r in state.received[:2]]
+        return Tree(
+            problem_id=state.problem_id,
+            segments=(*state.segments, *found),
+            leaves=(1, 2),
+            temperature=1.0,
+        )
+
+
+@pytest.mark.parametrize("order_seed", [None, 3])
+def test_what_a_strategy_no_longer_wants_is_cancelled(order_seed):
+    engine = make_engine(max_running_requests=9)
+    settings = FlatSettings(n=6, max_response_length=60, stop_token_ids=[STOP])
+    strategy = FirstTwo(STRATEGIES.get("flat")(settings))
+    trees = generate_all(engine, strategy, prompts(), order_seed=order_seed)
+    assert [tree.num_leaves for tree in trees] == [2] * 5
+    costs = engine.metrics()
+    assert engine.is_idle and engine.tree.num_protected == 0
+    assert costs.cancelled > 0 and costs.segments + costs.cancelled <= 5 * 6
+    engine.check_integrity()
+
+
+def test_a_completion_that_nobody_fetched_can_be_cancelled():
+    engine = make_engine()
+    node = engine.prefill([1, 2, 3])
+    request = engine.submit(node, ExtendSpec(max_tokens=0), 1)
+    assert not engine.is_idle
+    assert engine.cancel(request) and engine.is_idle
+    assert not engine.cancel(request)
+    engine.free(node)
+    assert engine.tree.num_protected == 0
