@@ -4,12 +4,31 @@ stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from treepo.base.digest import TensorSpec, WeightManifest, manifest_of, tensor_digests
+from treepo.base.errors import RunFailed
+
+
+class TornWeights(RunFailed):
+    """A weight set stopped half-way: the model holds a mixture and must not serve."""
+
+
+class Part(NamedTuple):
+    """Elements of one tensor, flattened, from ``start`` on: how a large one arrives in pieces."""
+
+    name: str
+    start: int
+    values: torch.Tensor  # [n], in the tensor's dtype
+
+
+Tensors = Mapping[str, torch.Tensor | np.ndarray]
 
 
 def stored_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -20,32 +39,126 @@ def stored_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def copy_weights(
-    model: torch.nn.Module,
-    manifest: WeightManifest,
-    tensors: Mapping[str, torch.Tensor | np.ndarray],
+    model: torch.nn.Module, manifest: WeightManifest, tensors: Tensors | Iterable[Part]
 ) -> dict[str, int]:
     """Copy ``tensors`` into ``model`` in place.
 
-    Of a group of tied names one tensor is enough.
+    Of a group of tied names one tensor is enough. Numpy arrays are views of somebody's memory
+    (such as an object store) and are read where they lie; one in a dtype that numpy lacks, such as
+    bfloat16, comes as integers of the same size.
 
     Returns:
         ``tensor_digests`` of the stored state, computed after copying.
 
     Raises:
         ValueError: the manifest does not describe this model (names, order, dtypes, shapes, ties),
-            or the tensors do not fit the manifest. Nothing is copied then.
+            or the tensors do not fit the manifest. Nothing is copied then, and nothing is asked of
+            ``tensors`` before the manifest is found to fit.
+        TornWeights: a part did not fit or did not come after others had been copied.
     """
-    stored = stored_state(model)
-    _check_manifest(manifest_of(stored), manifest)
-    received = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in tensors.items()
-    }
-    _check_tensors(manifest, received)
-    with torch.no_grad():
-        for name, value in received.items():
-            stored[name].copy_(value)
+    load = WeightLoad(model, manifest)
+    parts = load.parts_of(tensors) if isinstance(tensors, Mapping) else tensors
+    try:
+        for part in parts:
+            load.put(part)
+        load.check_complete()
+    except Exception as error:
+        if not load.has_begun:
+            raise
+        raise TornWeights(f"the weights are half old, half new: {error}") from error
     return tensor_digests(stored_state(model))
+
+
+class WeightLoad:
+    """A weight set on its way into a model, part by part.
+
+    Raises:
+        ValueError: the manifest does not describe this model; see ``copy_weights``.
+    """
+
+    def __init__(self, model: torch.nn.Module, manifest: WeightManifest) -> None:
+        self._stored = stored_state(model)
+        _check_manifest(manifest_of(self._stored), manifest)
+        self._manifest = manifest
+        self._specs = {spec.name: spec for spec in manifest.tensors}
+        self._num_received = dict.fromkeys(self._specs, 0)  # elements, by name
+        self.has_begun = False  # something was copied
+
+    def parts_of(self, tensors: Tensors) -> list[Part]:
+        """Whole tensors as parts, one of each group of tied names.
+
+        Raises:
+            ValueError: they do not fit the manifest.
+        """
+        received = {
+            name: as_tensor(value, self._specs.get(name))
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in tensors.items()
+        }
+        _check_tensors(self._manifest, received)
+        for group in self._manifest.tied:
+            for name in [name for name in group if name in received][1:]:
+                del received[name]
+        return [Part(name, 0, value.reshape(-1)) for name, value in received.items()]
+
+    def put(self, part: Part) -> None:
+        """Copy a part in place. The parts of a tensor come in order.
+
+        Raises:
+            ValueError: it does not fit the manifest or what came before.
+        """
+        spec = self._specs.get(part.name)
+        if spec is None:
+            raise ValueError(f"a part of {part.name!r} came, which the manifest lacks")
+        expected, stop = self._num_received[part.name], part.start + part.values.numel()
+        if part.start != expected or stop > math.prod(spec.shape):
+            raise ValueError(
+                f"elements {part.start} to {stop} of {part.name!r} came, but {expected} of its "
+                f"{math.prod(spec.shape)} are there"
+            )
+        _check_dtype(spec, part.values.dtype)
+        self.has_begun = True
+        stored = self._stored[part.name]
+        with torch.no_grad():
+            if stored.is_contiguous():
+                stored.view(-1)[part.start : stop].copy_(part.values)
+            else:
+                index = torch.arange(part.start, stop, device=stored.device)
+                stored.put_(index, part.values.to(stored.device))
+        self._num_received[part.name] = stop
+
+    def check_complete(self) -> None:
+        """Everything has arrived.
+
+        Raises:
+            ValueError: names what is missing.
+        """
+        complete = {
+            name
+            for name, spec in self._specs.items()
+            if self._num_received[name] == math.prod(spec.shape)
+        }
+        _check_names(_needed(self._manifest, complete), complete, "what arrived", "its manifest")
+
+
+def as_tensor(array: torch.Tensor | np.ndarray, spec: TensorSpec | None) -> torch.Tensor:
+    """A view of an array's memory as a tensor; integers stand for a dtype of their size that numpy
+    lacks.
+    """
+    if isinstance(array, torch.Tensor):
+        return array
+    with warnings.catch_warnings():  # shared memory is read-only, and only read
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    if spec is not None and str(tensor.dtype) != spec.dtype:
+        wanted = getattr(torch, spec.dtype.removeprefix("torch."))
+        if wanted in _NOT_IN_NUMPY and wanted.itemsize == tensor.itemsize:
+            return tensor.view(wanted)
+    return tensor
+
+
+_NOT_IN_NUMPY = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def _check_manifest(ours: WeightManifest, theirs: WeightManifest) -> None:
@@ -68,18 +181,25 @@ def _check_manifest(ours: WeightManifest, theirs: WeightManifest) -> None:
 
 def _check_tensors(manifest: WeightManifest, received: Mapping[str, torch.Tensor]) -> None:
     specs = {spec.name: spec for spec in manifest.tensors}
-    needed = set(specs)
     for group in manifest.tied:
         present = [name for name in group if name in received]
-        if present:
-            needed -= set(group) - set(present)
         for name in present[1:]:
             if not torch.equal(received[name], received[present[0]]):
                 raise ValueError(f"{name} and {present[0]} are tied but their values differ")
+    needed = _needed(manifest, received)
     _check_names(needed, set(received), "the weight set", "its manifest")
     for name, value in received.items():
         got = TensorSpec(name=name, dtype=str(value.dtype), shape=tuple(value.shape))
         _check_spec(specs[name], got)
+
+
+def _needed(manifest: WeightManifest, present: Iterable[str]) -> set[str]:
+    """All names but those whose tied partner is ``present`` in their stead."""
+    needed, there = {spec.name for spec in manifest.tensors}, set(present)
+    for group in manifest.tied:
+        if there & set(group):
+            needed -= set(group) - there
+    return needed
 
 
 def _check_names(expected: set[str], got: set[str], source: str, target: str) -> None:
@@ -97,6 +217,11 @@ def _check_spec(expected: TensorSpec, got: TensorSpec) -> None:
             f"tensor {got.name!r} is {got.dtype} {tuple(got.shape)}, expected {expected.dtype} "
             f"{tuple(expected.shape)}"
         )
+
+
+def _check_dtype(expected: TensorSpec, dtype: torch.dtype) -> None:
+    if str(dtype) != expected.dtype:
+        raise ValueError(f"a part of {expected.name!r} is {dtype}, expected {expected.dtype}")
 
 
 def _as_sets(manifest: WeightManifest) -> set[frozenset[str]]:

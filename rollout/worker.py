@@ -14,7 +14,9 @@ from rollout.scheduler import generate_all
 from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.tree import Tree
+from rollout.weight_receiver import receive_weights
 from treepo.base.digest import WeightManifest
+from treepo.base.weight_group import SENDER, WeightGroup, reach_store
 
 
 class RolloutWorker:
@@ -82,6 +84,40 @@ class RolloutWorker:
         """
         self._is_proved = False
         return self._engine.load_weights(version, manifest, tensors)
+
+    def join_weight_group(
+        self, address: tuple[str, int], members: Sequence[str], timeout_seconds: float
+    ) -> None:
+        """Meet the sender of weights at ``address``; waits for the other members.
+
+        Args:
+            members: names of all, the sender first, then the rollout workers by rank.
+
+        Raises:
+            WeightGroupError: someone did not come.
+        """
+        self._weight_group = WeightGroup(
+            reach_store(*address, timeout_seconds),
+            SENDER + 1 + self.rank,
+            members,
+            device=torch.device(self._engine.settings.device),
+            timeout_seconds=timeout_seconds,
+        )
+
+    def receive_weights(self, version: int) -> dict[str, int]:
+        """``load_weights`` with what the weight group's sender offers next; returns the digests of
+        what is now stored. Until ``confirm`` the worker refuses to sample.
+
+        Raises:
+            ValueError: the set does not fit this engine; nothing was sent.
+            WeightGroupError, TornWeights: the transfer failed.
+        """
+        self._is_proved = False
+        return receive_weights(
+            self._weight_group,
+            version,
+            lambda manifest, parts: self._engine.load_weights(version, manifest, parts),
+        )
 
     def confirm(self, version: int) -> None:
         """Put the weights loaded as ``version`` in force: their digests were compared.

@@ -8,7 +8,7 @@ and with log-probs of golden token sequences; a difference in either is an error
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,16 +50,33 @@ def prepare(tensors: Mapping[str, torch.Tensor], dtype: str) -> Publication:
     """Cast floating-point tensors to ``dtype`` (e.g. ``"bfloat16"``; ties kept, integers untouched)
     and describe them.
     """
-    target = getattr(torch, dtype)
-    cast: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+    done: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
     prepared = {}
     for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in cast or not tensor.numel():
-            cast[key] = tensor.to(target) if tensor.is_floating_point() else tensor
-        prepared[name] = cast[key]
+        if key not in done or not tensor.numel():
+            done[key] = cast(tensor, dtype)
+        prepared[name] = done[key]
     return Publication(
         manifest=manifest_of(prepared), digests=tensor_digests(prepared), tensors=prepared
+    )
+
+
+def cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """``tensor`` as an engine of ``dtype`` stores it: integers keep theirs."""
+    return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+
+
+def cast_manifest(tensors: Mapping[str, torch.Tensor], dtype: str) -> WeightManifest:
+    """Manifest of ``tensors`` after the cast, without casting them."""
+    manifest = manifest_of(tensors)
+    floating = f"torch.{dtype}"
+    return replace(
+        manifest,
+        tensors=tuple(
+            replace(spec, dtype=floating) if tensors[spec.name].is_floating_point() else spec
+            for spec in manifest.tensors
+        ),
     )
 
 

@@ -57,12 +57,47 @@ class LearnerWorker:
     def score_paths(self, paths: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self.learner.score_paths(paths)
 
-    def publication(self, dtype: str) -> tuple[Any, dict[str, int], dict[str, Any]]:
-        """``(manifest, expected digests, tensors)`` of the weights for engines of ``dtype``; ranks
-        other than 0 return no tensors, since one copy is sent.
+    def publication(self, dtype: str) -> tuple[Any, dict[str, int], dict[str, np.ndarray]]:
+        """``(manifest, expected digests, arrays)`` of the weights for engines of ``dtype``; empty
+        from ranks other than 0, since one copy is sent.
         """
+        from trainers.weight_sender import shared_arrays
+
+        if self.rank:
+            self.learner.state_tensors()  # collective where weights are sharded
+            return None, {}, {}
         sent = self.learner.publication(dtype)
-        return sent.manifest, sent.digests, sent.tensors if self.rank == 0 else {}
+        return sent.manifest, sent.digests, shared_arrays(sent.tensors, sent.manifest)
+
+    def open_weight_group(self, timeout_seconds: float) -> tuple[str, int]:
+        """Rank 0: where receivers of weights meet the learner, (host, port). A later call begins
+        anew.
+        """
+        from treepo.base.weight_group import open_store
+
+        self._weight_store = open_store(ray.util.get_node_ip_address(), timeout_seconds)
+        return self._weight_store.host, self._weight_store.port
+
+    def join_weight_group(self, members: Sequence[str], timeout_seconds: float) -> None:
+        """Rank 0: wait for the receivers; see ``treepo.base.weight_group.WeightGroup``."""
+        from treepo.base.weight_group import SENDER, WeightGroup
+
+        self._weight_group = WeightGroup(
+            self._weight_store,
+            SENDER,
+            members,
+            device=self.learner.device,
+            timeout_seconds=timeout_seconds,
+        )
+
+    def send_weights(self, version: int, dtype: str) -> dict[str, int]:
+        """Broadcast the weights to the weight group; the digests that an engine must find (none
+        from ranks other than 0). Collective.
+        """
+        from trainers.weight_sender import send_weights
+
+        tensors, _ = self.learner.state_tensors()
+        return {} if self.rank else send_weights(self._weight_group, version, tensors, dtype)
 
     def digest(self) -> str:
         return self.learner.digest()

@@ -27,7 +27,6 @@ from rollout.worker import RolloutWorker
 from trainers.batch import PackedBatch
 from trainers.settings import LearnerSettings
 from trainers.worker import LearnerWorker
-from treepo.base.digest import WeightManifest
 from treepo.base.errors import RunFailed
 from treepo.config import ClusterConfig
 
@@ -82,6 +81,7 @@ class Cluster:
     learners: list[Any] = field(default_factory=list)
     _rollout_setups: list[Any] = field(default_factory=list)
     _learner_setups: list[Any] = field(default_factory=list)
+    _has_weight_group: bool = False
 
     def __enter__(self) -> Cluster:
         if self.config.address is None:
@@ -173,18 +173,69 @@ class Cluster:
         ]
         return self._get("learner rank", refs, self.config.call_timeout_seconds)[0]
 
-    def publication(self, dtype: str) -> tuple[WeightManifest, dict[str, int], Any]:
-        """The learner's weights for engines of ``dtype``: their manifest, the digests that an
-        engine must find, and a reference to the tensors, which go from rank 0 to the engines
+    def transfer_weights(
+        self, version: int, dtype: str
+    ) -> tuple[dict[str, int], list[dict[str, int]]]:
+        """Bring the learner's weights to every engine as ``version``, by the configured road and
         without passing through this process.
+
+        Args:
+            dtype: of the engines.
+
+        Returns:
+            the digests that an engine must find, and those that each engine found, by rank.
         """
+        if self.config.weight_transport == "group":
+            return self._broadcast_weights(version, dtype)
         calls = [
             learner.publication.options(num_returns=3).remote(dtype) for learner in self.learners
         ]
         timeout = self.config.call_timeout_seconds
         manifests = self._get("learner rank", [call[0] for call in calls], timeout)
         digests = self._get("learner rank", [call[1] for call in calls], timeout)
-        return manifests[0], digests[0], calls[0][2]
+        return digests[0], self.on_rollout("load_weights", version, manifests[0], calls[0][2])
+
+    def _broadcast_weights(
+        self, version: int, dtype: str
+    ) -> tuple[dict[str, int], list[dict[str, int]]]:
+        if not self._has_weight_group:
+            self._make_weight_group()
+        self._has_weight_group = False  # a transfer that fails breaks it
+        senders = [learner.send_weights.remote(version, dtype) for learner in self.learners]
+        receivers = [worker.receive_weights.remote(version) for worker in self.rollout]
+        sent, found = self._meet(senders, receivers)
+        self._has_weight_group = True
+        return sent[0], found
+
+    def _make_weight_group(self) -> None:
+        timeout = self.config.weight_timeout_seconds
+        members = ["learner rank 0", *(f"rollout worker {i}" for i in range(len(self.rollout)))]
+        opened = [self.learners[0].open_weight_group.remote(timeout)]
+        (address,) = self._get("learner rank", opened, self.config.call_timeout_seconds)
+        self._meet(
+            [self.learners[0].join_weight_group.remote(members, timeout)],
+            [worker.join_weight_group.remote(address, members, timeout) for worker in self.rollout],
+        )
+
+    def _meet(self, of_learners: list[Any], of_rollout: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Answers of calls that wait for each other. When one fails all do, and the error that is
+        raised is the one nearest to the cause: a death, then a refusal, then the rest.
+        """
+        everyone, timeout = of_rollout + of_learners, self.config.call_timeout_seconds
+        ray.wait(everyone, num_returns=len(everyone), timeout=timeout)
+        answers: dict[str, list[Any]] = {"rollout worker": [], "learner rank": []}
+        errors: list[Exception] = []
+        for role, refs in (("rollout worker", of_rollout), ("learner rank", of_learners)):
+            for rank in range(len(refs)):
+                try:
+                    answers[role].append(self._answer(role, refs, rank, 0.0))
+                except GetTimeoutError:
+                    errors.append(self._no_answer(role, refs, timeout))
+                except (RunFailed, ValueError, OSError) as error:
+                    errors.append(error)
+        if errors:
+            raise min(errors, key=_distance_from_cause)
+        return answers["learner rank"], answers["rollout worker"]
 
     def on_learners(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every learner rank with the same arguments; answers by rank."""
@@ -199,21 +250,34 @@ class Cluster:
     def _get(self, role: str, refs: list[Any], timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
         answers = []
-        for rank, ref in enumerate(refs):
+        for rank in range(len(refs)):
             try:
-                answers.append(ray.get(ref, timeout=max(0.0, deadline - time.monotonic())))
+                left = max(0.0, deadline - time.monotonic())
+                answers.append(self._answer(role, refs, rank, left))
             except GetTimeoutError as error:
-                waiting = [i for i, r in enumerate(refs) if not ray.wait([r], timeout=0)[0]]
-                raise WorkerLost(
-                    f"{role} {', '.join(map(str, waiting))} of {len(refs)} "
-                    f"did not answer within {timeout:.0f} s"
-                ) from error
-            except RayActorError as error:
-                raise WorkerLost(f"{role} {rank} of {len(refs)} died: {error}") from error
-            except RayTaskError as error:
-                if isinstance(
-                    error.cause, ValueError | OSError
-                ):  # the user's to mend: say it plainly
-                    raise error.cause from None
-                raise
+                raise self._no_answer(role, refs, timeout) from error
         return answers
+
+    def _no_answer(self, role: str, refs: list[Any], timeout: float) -> WorkerLost:
+        waiting = [i for i, ref in enumerate(refs) if not ray.wait([ref], timeout=0)[0]]
+        return WorkerLost(
+            f"{role} {', '.join(map(str, waiting))} of {len(refs)} "
+            f"did not answer within {timeout:.0f} s"
+        )
+
+    def _answer(self, role: str, refs: list[Any], rank: int, timeout: float) -> Any:
+        try:
+            return ray.get(refs[rank], timeout=timeout)
+        except RayActorError as error:
+            raise WorkerLost(f"{role} {rank} of {len(refs)} died: {error}") from error
+        except RayTaskError as error:
+            # The user's to mend, or a failure that says all: no traceback of another process.
+            if isinstance(error.cause, ValueError | OSError | RunFailed):
+                raise error.cause from None
+            raise
+
+
+def _distance_from_cause(error: Exception) -> int:
+    """Of errors that came of one failure the smallest is to be shown."""
+    kinds = (WorkerLost, ValueError, OSError)
+    return next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), len(kinds))

@@ -20,6 +20,7 @@ from treepo.data_settings import DataSettings
 from treepo.tracking_settings import TrackingSettings
 
 ASSET_PREFIX = "asset:"
+WEIGHT_TRANSPORTS = ("object_store", "group")
 
 
 @dataclass
@@ -99,6 +100,10 @@ class ClusterConfig:
     gpus_per_rollout_worker: float = 0.0
     gpus_per_learner_rank: float = 0.0
     colocate: bool = True  # rollout and learner take turns on the same processors
+    # how new weights reach the engines: object_store (shared memory of each machine, copied between
+    # machines once), or group (broadcast over NCCL, or gloo where a GPU is shared or there is none)
+    weight_transport: str = "object_store"
+    weight_timeout_seconds: float = 300.0  # group: longest wait for a member or a bucket
     start_timeout_seconds: float = 180.0  # for all processes to come up
     call_timeout_seconds: float = (
         3600.0  # for one call of a worker; then the error names who is missing
@@ -109,6 +114,14 @@ class ClusterConfig:
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("cpus_per_rollout_worker", "cpus_per_learner_rank"):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
+        require(
+            "cluster.weight_transport", self.weight_transport,
+            self.weight_transport in WEIGHT_TRANSPORTS, " or ".join(WEIGHT_TRANSPORTS),
+        )  # fmt: skip
+        require(
+            "cluster.weight_timeout_seconds", self.weight_timeout_seconds,
+            self.weight_timeout_seconds > 0, "> 0",
+        )  # fmt: skip
 
 
 @dataclass

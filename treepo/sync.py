@@ -30,8 +30,7 @@ def publish_weights(
     Raises:
         trainers.weight_sync.WeightSyncError: a proof failed; the message names engine and tensors.
     """
-    manifest, expected, tensors = cluster.publication(engine_dtype)
-    answers = cluster.on_rollout("load_weights", version, manifest, tensors)
+    expected, answers = cluster.transfer_weights(version, engine_dtype)
     names = [f"rollout worker {rank}" for rank in range(len(answers))]
     check_digests(expected, dict(zip(names, answers, strict=True)))
     reference = cluster.on_learners("score_paths", golden)[0]
