@@ -12,7 +12,7 @@ computes tokens that others propose.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from rollout.sampler import log_probabilities
 from rollout.scoring import Scorer, score_all
 from rollout.settings import EngineSettings
 from rollout.store import Node, TreeStore
-from rollout.weights import copy_weights, stored_state
+from rollout.weights import Part, Tensors, TornWeights, copy_weights, stored_state
 from treepo.base.digest import WeightManifest, tensor_digests
 
 _SCORE_CHUNK = 256  # query rows of one scoring forward
@@ -65,6 +65,7 @@ class Engine:
         self._decoder = Decoder(self.store, self._forward, settings)
         self._drafts: set[Draft] = set()
         self._is_asleep = False
+        self._is_torn = False  # half a weight set was copied
         from rollout.probe import probe  # the probe drives an engine
 
         probe(self)
@@ -163,6 +164,7 @@ class Engine:
         Returns:
             the segments that finished.
         """
+        self._check_whole()
         with self._timed():
             return self._decoder.step()
 
@@ -281,7 +283,7 @@ class Engine:
         self,
         version: int,
         manifest: WeightManifest,
-        tensors: Mapping[str, torch.Tensor | np.ndarray],
+        tensors: Tensors | Iterable[Part],
         *,
         in_flight: str = "refuse",
     ) -> dict[str, int]:
@@ -289,6 +291,7 @@ class Engine:
         afterwards reads keys and values of older ones.
 
         Args:
+            tensors: all at once, or parts that are copied as they come.
             in_flight: what becomes of unfinished requests. 'refuse': there must be none.
                 'recompute': they go on with what they have drawn, their paths computed anew.
                 'keep': they go on from the keys and values they have; these leave with them.
@@ -299,9 +302,16 @@ class Engine:
         Raises:
             ValueError: requests are unfinished and that is refused, drafts are open, or the set
                 does not fit the model (nothing is copied then).
+            TornWeights: parts were copied but not all came: the engine refuses work until a whole
+                set is loaded.
         """
         self._check_in_flight(version, in_flight)
-        digests = copy_weights(self.model, manifest, tensors)
+        try:
+            digests = copy_weights(self.model, manifest, tensors)
+        except TornWeights:
+            self._is_torn = True
+            raise
+        self._is_torn = False
         self._put_in_force(version, in_flight)
         return digests
 
@@ -392,7 +402,14 @@ class Engine:
         if self._drafts:
             raise ValueError(f"{what}: {len(self._drafts)} drafts are open: commit them first")
 
+    def _check_whole(self) -> None:
+        if self._is_torn:
+            raise ValueError(
+                "the engine refuses work: a weight load stopped half-way; load a whole set first"
+            )
+
     def _check_awake(self) -> None:
+        self._check_whole()
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
 

@@ -66,7 +66,15 @@ def test_numpy_arrays_and_bfloat16_tensors_are_taken():
 
     half = tiny_model("qwen3", torch.bfloat16, seed=1)
     engine = make_engine(tiny_model("qwen3", torch.bfloat16), dtype="bfloat16")
-    assert engine.load_weights(1, *weight_set(half)) == tensor_digests(stored_state(half))
+    manifest, tensors = weight_set(half)
+    assert engine.load_weights(1, manifest, tensors) == tensor_digests(stored_state(half))
+    # numpy has no bfloat16: integers of the same size stand for it
+    engine = make_engine(tiny_model("qwen3", torch.bfloat16), dtype="bfloat16")
+    arrays = {name: tensor.view(torch.int16).numpy() for name, tensor in tensors.items()}
+    assert engine.load_weights(1, manifest, arrays) == tensor_digests(stored_state(half))
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.int32)
+    with pytest.raises(ValueError, match="is torch.int32"):
+        engine.load_weights(2, manifest, arrays)
 
 
 def test_one_tensor_of_a_tied_pair_is_enough():

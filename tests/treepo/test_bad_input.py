@@ -29,6 +29,8 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("+rollout.treeness=3", "'treeness' is not used.*segment_length"),
         ("trainer.ppo_mini_batch_size=3", "does not divide.*nearest that do: 2 or 4"),
         ("cluster.num_learner_ranks=3", "never have a tree"),
+        ("cluster.weight_transport=nccl", "weight_transport='nccl'.*object_store or group"),
+        ("cluster.weight_timeout_seconds=0", "weight_timeout_seconds=0.*> 0"),
         ("rollout.segment_length=4", "segment_length=4 x max_depth=11.*max_depth=16"),
         ("engine.num_kv_slots=100", "cannot hold one path of 128 tokens"),
         ("trainer.learner.max_tokens_per_micro_batch=256", "largest tree of 320 tokens"),

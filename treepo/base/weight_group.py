@@ -12,6 +12,7 @@ others' wait as soon as anybody notices. After a failure a group is broken: make
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -122,7 +123,8 @@ class WeightGroup:
     def next_offer(self) -> str:
         """Receiver: what the sender is about to send. ``accept`` or ``refuse`` must follow."""
         key = self._next_offer()
-        return self._word(f"{key}/description", f"{self.members[SENDER]} did not offer weights")
+        failure = f"{self.members[SENDER]} did not offer weights"
+        return self._word(f"{key}/description", failure, self.timeout_seconds)
 
     def refuse(self, reason: str) -> None:
         """Receiver: nothing of this offer will be taken."""
@@ -135,8 +137,9 @@ class WeightGroup:
             WeightGroupError: another receiver refused or is missing.
         """
         self._set(f"{self._offer}/answer/{self.rank}", "")
-        asked = f"{self.members[SENDER]} did not say whether it sends"
-        if decision := self._word(f"{self._offer}/decision", asked):
+        # The sender waits for the others' answers meanwhile: it reaches its limit first.
+        sender, limit = self.members[SENDER], 2 * self.timeout_seconds
+        if decision := self._word(f"{self._offer}/decision", f"{sender} did not decide", limit):
             raise WeightGroupError(decision)
 
     # Bytes.
@@ -157,7 +160,7 @@ class WeightGroup:
         except WeightGroupError:
             raise
         except RuntimeError as error:  # what communicators raise when a peer is gone
-            self._fail(f"the connection broke ({str(error).splitlines()[0]})")
+            self._fail(f"the connection broke ({_short(error)})")
 
     def confirm_received(self) -> None:
         """Receiver: everything of this offer has arrived. Sender: wait until all say so.
@@ -175,6 +178,7 @@ class WeightGroup:
         """Tell every member that this one cannot go on, so that none waits for it."""
         try:
             self._store.compare_set("failed", "", f"{self.members[self.rank]}: {reason}")
+            self._store.set(f"alive/{self.rank}", "=")
         except dist.DistError as error:
             raise self._store_is_gone() from error
 
@@ -197,9 +201,9 @@ class WeightGroup:
     def _read(self, key: str) -> str:
         return self._store.get(key).decode().removeprefix("=")
 
-    def _word(self, key: str, otherwise: str) -> str:
-        if not self._wait_until(lambda: self._store.check([key]), self.timeout_seconds):
-            self._fail(f"{otherwise} within {self.timeout_seconds:g} s")
+    def _word(self, key: str, failure: str, limit: float) -> str:
+        if not self._wait_until(lambda: self._store.check([key]), limit):
+            self._fail(f"{failure} within {limit:g} s")
         return self._read(key)
 
     def _words(self, key: str, ranks: Sequence[int], task: str) -> list[str]:
@@ -262,6 +266,12 @@ class WeightGroup:
             f"the transfer of weights failed: {self.members[SENDER]}, which keeps the group's "
             "store, is gone"
         )
+
+
+def _short(error: RuntimeError) -> str:
+    """A communicator's message without source file, stack and advice."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is")[0]
 
 
 def _device_name(device: torch.device) -> str:

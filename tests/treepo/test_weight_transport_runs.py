@@ -1,0 +1,103 @@
+"""Both roads of weights with real actors: the same run, and a worker that dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+from training_runs import run
+
+from rollout.settings import EngineSettings
+from rollout.strategies.settings import FlatSettings
+from trainers.settings import LearnerSettings
+from treepo.cluster import Cluster, WorkerLost
+from treepo.config import ClusterConfig
+from treepo.sync import publish_weights
+from treepo.tracking import read_rows
+
+GOLDEN = [np.array([5, 6, 7, 8, 9, 10], np.int32)]
+
+
+@pytest.mark.long
+def test_a_run_is_the_same_to_the_last_bit_whichever_road_its_weights_take(tmp_path):
+    results = {}
+    for transport in ("object_store", "group"):
+        outputs = tmp_path / transport
+        done = run(
+            outputs,
+            "trainer.total_steps=2",
+            "trainer.learner.optimizer.lr_warmup_steps=0",
+            "cluster.num_rollout_workers=2",
+            f"cluster.weight_transport={transport}",
+        )
+        assert done.returncode == 0, done.stderr
+        folder = (outputs / "latest").resolve()
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("time", "timing_s/", "perf/"))}
+            for row in read_rows(folder / "metrics.jsonl")
+        ]
+        summary = json.loads((folder / "summary.json").read_text())
+        trees = [file.read_text() for file in sorted((folder / "trees").iterdir())]
+        results[transport] = rows, summary["digest"], summary["after"], trees
+    assert results["group"] == results["object_store"]
+    rows = results["group"][0]
+    assert [row["training/policy_version"] for row in rows if row["step"]] == [1.0, 2.0]
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model_path):
+    """One learner and two rollout workers that meet by a weight group."""
+    config = ClusterConfig(
+        num_rollout_workers=2, weight_transport="group", weight_timeout_seconds=3.0
+    )
+    with Cluster(config=config) as cluster:
+        cluster.start_rollout(str(tiny_model_path), EngineSettings(num_kv_slots=512))
+        cluster.start_learners(str(tiny_model_path), LearnerSettings(num_threads=1))
+        cluster.wait_until_ready()
+        yield cluster
+
+
+def versions(cluster):
+    return cluster.on_rollout("policy_version")
+
+
+def pid_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda worker: os.getpid()))
+
+
+def test_publications_pass_and_a_failed_one_leaves_engines_that_refuse_work_until_the_next(cluster):
+    for version in (1, 2):
+        metrics = publish_weights(cluster, version, "float32", GOLDEN)
+        assert metrics["sync/golden_logprob_diff_max"] < 1e-4
+        assert versions(cluster) == [version] * 2
+    # Engines of one dtype, weights of another: all refuse before anything moves.
+    with pytest.raises(ValueError, match="is torch.bfloat16 .* expected torch.float32"):
+        publish_weights(cluster, 3, "bfloat16", GOLDEN)
+    assert versions(cluster) == [2, 2]
+    for worker in cluster.rollout:
+        with pytest.raises(ValueError, match="refuses work"):
+            ray.get(worker.sample.remote([], "flat", FlatSettings(), 2))
+    publish_weights(cluster, 4, "float32", GOLDEN)
+    assert cluster.on_rollout("sample", [], "flat", FlatSettings(), 4)[0][0] == []
+
+
+def test_a_worker_killed_during_a_transfer_is_named_and_the_others_do_not_hang(cluster):
+    publish_weights(cluster, 5, "float32", GOLDEN)
+    victim = pid_of(cluster.rollout[1])
+    os.kill(victim, signal.SIGSTOP)  # it takes no part, and dies while the others wait for it
+    threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
+    began = time.monotonic()
+    with pytest.raises(WorkerLost, match="rollout worker 1 of 2 died"):
+        publish_weights(cluster, 6, "float32", GOLDEN)
+    assert time.monotonic() - began < 15
+    survivor = cluster.rollout[0]
+    assert ray.get(survivor.policy_version.remote(), timeout=10) == 5
+    with pytest.raises(ValueError, match="refuses work"):
+        ray.get(survivor.sample.remote([], "flat", FlatSettings(), 5))
+    assert ray.get(cluster.learners[0].ping.remote(), timeout=10) == 0
