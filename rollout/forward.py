@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from rollout.attention.base import Block, Plan
-from rollout.attention.cpu import NodePlan
-from rollout.attention.reference import ReferencePlan
+from rollout.attention.choose import choose_back_end, make_plan
 from rollout.attention.spans import lay_out
 from rollout.metrics import Meter
 from rollout.model_runner import ModelRunner
@@ -48,7 +47,8 @@ class TreeForward:
         self.runner = runner
         self.pool = runner.pool
         self.meter = meter
-        self._attention = settings.attention
+        # What plans the attention; see ``rollout.attention.choose``.
+        self.back_end = choose_back_end(settings.attention, self.pool.device, self.pool.dtype)
 
     def rows(self, blocks: Sequence[Block]) -> Rows:
         """Lay the blocks' tokens out as query rows (at most one block a node)."""
@@ -63,17 +63,7 @@ class TreeForward:
                 for b in ordered
             ]
         )
-        plan: Plan
-        if self._attention == "reference":
-            plan = ReferencePlan(ordered, self.pool.device)
-        else:
-            plan = NodePlan(
-                spans,
-                positions,
-                num_slots=self.pool.num_slots,
-                slot_bytes=self.pool.bytes_per_slot // max(1, len(self.pool.keys)),
-                device=self.pool.device,
-            )
+        plan = make_plan(self.back_end, ordered, spans, positions, self.pool)
         token_ids = np.concatenate([b.token_ids for b in ordered])
         return Rows(plan, ordered, token_ids, positions, slots)
 

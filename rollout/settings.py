@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ATTENTION_BACK_ENDS = ("auto", "cpu", "reference")
+ATTENTION_BACK_ENDS = ("auto", "cpu", "reference", "triton_tree", "flash")
 
 
 @dataclass
@@ -22,7 +22,9 @@ class EngineSettings:
     max_running_requests: int = 512  # segments decoded at one time
     # query rows of one forward: tokens being decoded, and parts of new prompts with what is left
     max_tokens_per_step: int = 8192
-    attention: str = "auto"  # back end: auto (per node), cpu (per node), reference (dense, slow)
+    # back end: auto; cpu (torch, on any device), triton_tree and flash (on a GPU, per node too);
+    # reference (dense, slow)
+    attention: str = "auto"
     share_prefixes: bool = True  # False: every request computes its whole path privately
     num_threads: int = 1  # torch threads of a rollout worker
 

@@ -38,7 +38,7 @@ class SpanTable:
         offset: int64 [S], where a span's slots begin.
         capacity: int64 [S], how many slots it has.
         length, start, row, num_rows: int64 [S].
-        grows: bool [S].
+        causal, grows: bool [S].
     """
 
     slots: np.ndarray
@@ -48,6 +48,7 @@ class SpanTable:
     start: np.ndarray
     row: np.ndarray
     num_rows: np.ndarray
+    causal: np.ndarray
     grows: np.ndarray
 
     @classmethod
@@ -63,6 +64,7 @@ class SpanTable:
             start=start,
             row=row,
             num_rows=num_rows,
+            causal=np.array([span.causal for span in spans], bool),
             grows=np.array([span.grows for span in spans], bool),
         )
 
@@ -80,6 +82,7 @@ class SpanTable:
             start=self.start[seen],
             row=row[seen],
             num_rows=num_rows[seen],
+            causal=self.causal[seen],
             grows=self.grows[seen],
         )
 
