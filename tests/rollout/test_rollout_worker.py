@@ -94,7 +94,7 @@ def test_ledgers_add_counts_and_take_the_larger_peak():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("dtype", "int8"), ("attention", "flash"), ("num_kv_slots", 0), ("max_running_requests", 0)],
+    [("dtype", "int8"), ("attention", "fast"), ("num_kv_slots", 0), ("max_running_requests", 0)],
 )
 def test_a_setting_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"engine setting {field}={value!r}"):
