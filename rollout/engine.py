@@ -59,7 +59,7 @@ class Engine:
         device = torch.device(settings.device)
         self.pool = KVPool(settings.num_kv_slots, device=device, dtype=self.model.dtype)
         self.store = TreeStore(self.pool)
-        self.runner = ModelRunner(self.model, self.pool)
+        self.runner = ModelRunner(self.model, self.pool, settings)
         self._meter = Meter()
         self._forward = TreeForward(self.runner, settings, self._meter)
         self._decoder = Decoder(self.store, self._forward, settings)

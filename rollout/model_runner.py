@@ -12,10 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.attention.base import NAME, AttentionContext, Plan, register
 from rollout.kv_pool import KVPool
+from rollout.linear import (
+    RowRule,
+    pack_linear_layers,
+    row_rule,
+    undo_linear_changes,
+    use_fp32_head,
+)
+from rollout.settings import EngineSettings
 
-# On a CPU a linear layer's result for a row depends on the number of rows unless that is a multiple
-# of 8 (its kernels treat the remainder differently), in fp32 and in fp64.
-ROW_MULTIPLE = 8
+_GPU_ROWS = RowRule(8, 8)  # tensor cores want multiples of 8
 
 
 def load_model(model_path: str | Path, *, dtype: str, device: str) -> PreTrainedModel:
@@ -50,9 +56,19 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class ModelRunner:
-    """A model, the pool its attention reads, and one forward over query rows."""
+    """A model, the pool its attention reads, and one forward over query rows.
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool) -> None:
+    Rows are padded to a number at which the linear layers give every row what they would give it in
+    any other company (see ``rollout.linear.row_rule``).
+    """
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool, settings: EngineSettings) -> None:
+        undo_linear_changes(model)  # another engine's
+        if settings.fp32_lm_head:
+            use_fp32_head(model)
+        if settings.pack_weights:
+            pack_linear_layers(model)
+        self.row_rule = row_rule(model) if pool.device.type == "cpu" else _GPU_ROWS
         self.model = model
         self.pool = pool
         self.device = pool.device
@@ -75,13 +91,13 @@ class ModelRunner:
             wanted: int64 [W], row numbers.
         """
         num_rows = len(token_ids)
-        padding = -num_rows % ROW_MULTIPLE
+        padding = self.row_rule.padding(num_rows)
         slots = np.concatenate([write_slots, np.full(padding, self.pool.trash_slot)])
         context = AttentionContext(self.pool, plan, self._tensor(slots), num_rows)
         zeros = np.zeros(padding, np.int64)
         extra: dict[str, torch.Tensor] = {}
         if self._keeps_logits:
-            rows = np.concatenate([wanted, np.zeros(-len(wanted) % ROW_MULTIPLE, np.int64)])
+            rows = np.concatenate([wanted, np.zeros(self.row_rule.padding(len(wanted)), np.int64)])
             extra["logits_to_keep"] = self._tensor(rows)
         logits = self.model(
             input_ids=self._tensor(np.concatenate([token_ids, zeros]))[None],
