@@ -10,7 +10,7 @@ changes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,18 @@ _MOST_COLUMNS = 4096  # of the layers it tries
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear layer that keeps its weight in oneDNN's layout too, for inference on a CPU."""
+    """A linear layer that keeps its weight in oneDNN's layout too, for inference on a CPU.
+
+    It notices new values by autograd's version counter, which writes through ``.data`` bypass.
+    """
 
     _packed: torch.Tensor | None = None
     _packed_version: tuple[int, int] = (0, 0)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if torch.is_grad_enabled() or input.dtype != weight.dtype or not input.numel():
+        is_plain = torch.is_grad_enabled() or weight.is_inference()  # the latter has no version
+        if is_plain or input.dtype != weight.dtype or not input.numel():
             return super().forward(input)
         version = (weight._version, weight.data_ptr())
         if self._packed is None or self._packed_version != version:
@@ -91,7 +95,7 @@ def pack_linear_layers(model: torch.nn.Module) -> None:
     packable = {d: _can_pack(d) for d in {layer.weight.dtype for layer in layers}}
     for layer in layers:
         weight = layer.weight
-        if packable[weight.dtype] and weight.device.type == "cpu" and not weight.is_inference():
+        if packable[weight.dtype] and weight.device.type == "cpu":
             layer.__class__ = PackedLinear
 
 
@@ -140,33 +144,30 @@ def row_rule(model: torch.nn.Module) -> RowRule:
     """
     generator = torch.Generator().manual_seed(0)
     unequal: set[int] = set()  # row counts that give other rows
-    for layer in _layer_of_each_shape(model):
-        width = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1]
+    layers: dict[tuple[Any, ...], torch.nn.Linear | Conv1D] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            layers.setdefault((type(module), *module.weight.shape), module)
+    for layer in layers.values():
+        product, width = _narrow(layer)
         rows = torch.randn(_MOST_ROWS, width, generator=generator)
         rows = rows.to(layer.weight.device, layer.weight.dtype)
         with torch.inference_mode():
-            expected = layer(rows)
+            expected = product(rows)
             counts = [n for n in _TRIED_ROWS if n not in unequal]
-            unequal |= {n for n in counts if not torch.equal(layer(rows[:n]), expected[:n])}
+            unequal |= {n for n in counts if not torch.equal(product(rows[:n]), expected[:n])}
     return next((r for r in _RULES if all(r.padding(n) for n in unequal)), _RULES[-1])
 
 
-def _layer_of_each_shape(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Linear layers without bias, cut to a width that is quick to try."""
-    seen = set()
-    for module in model.modules():
-        is_linear, is_conv = isinstance(module, torch.nn.Linear), isinstance(module, Conv1D)
-        key = (type(module), *module.weight.shape) if is_linear or is_conv else None
-        if key is None or key in seen:
-            continue
-        seen.add(key)
-        weight = module.weight.detach()
-        if is_conv:
-            layer = Conv1D(0, 0)
-            layer.nf = min(weight.shape[1], _MOST_COLUMNS)
-            layer.weight = torch.nn.Parameter(weight[:, :layer.nf], requires_grad=False)
-            layer.bias = torch.nn.Parameter(weight.new_zeros(layer.nf), requires_grad=False)
-        else:
-            layer = type(module)(1, 1, bias=False)
-            layer.weight = torch.nn.Parameter(weight[:_MOST_COLUMNS], requires_grad=False)
-        yield layer
+def _narrow(
+    layer: torch.nn.Linear | Conv1D,
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """The layer's product, with so few outputs that it is quick, and the number of its inputs."""
+    weight = layer.weight.detach()
+    if isinstance(layer, Conv1D):
+        narrow = weight[:, :_MOST_COLUMNS].contiguous()
+        bias = narrow.new_zeros(narrow.shape[1])
+        return lambda rows: torch.addmm(bias, rows, narrow), weight.shape[0]
+    small = type(layer)(1, 1, bias=False)
+    small.weight = torch.nn.Parameter(weight[:_MOST_COLUMNS], requires_grad=False)
+    return small, weight.shape[1]

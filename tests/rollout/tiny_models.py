@@ -49,6 +49,8 @@ CONFIGS = {
         word_embed_proj_dim=32,
         max_position_embeddings=512,
     ),
+    "granite": lambda: tf.GraniteConfig(**_GROUPED, logits_scaling=4.0, residual_multiplier=0.7),
+    "cohere2": lambda: tf.Cohere2Config(**_GROUPED, sliding_window=6, logit_scale=0.3),
     "deepseek_v3": lambda: tf.DeepseekV3Config(
         **_SHARED,
         num_key_value_heads=4,
