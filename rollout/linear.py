@@ -165,9 +165,12 @@ def _narrow(
     """The layer's product, with so few outputs that it is quick, and the number of its inputs."""
     weight = layer.weight.detach()
     if isinstance(layer, Conv1D):
-        narrow = weight[:, :_MOST_COLUMNS].contiguous()
-        bias = narrow.new_zeros(narrow.shape[1])
-        return lambda rows: torch.addmm(bias, rows, narrow), weight.shape[0]
+        columns = weight[:, :_MOST_COLUMNS].contiguous()
+        bias = columns.new_zeros(columns.shape[1])
+        return lambda rows: torch.addmm(bias, rows, columns), weight.shape[0]
+    weight = weight[:_MOST_COLUMNS]
+    if not isinstance(layer, PackedLinear | Fp32Head):
+        return lambda rows: F.linear(rows, weight), weight.shape[1]
     small = type(layer)(1, 1, bias=False)
-    small.weight = torch.nn.Parameter(weight[:_MOST_COLUMNS], requires_grad=False)
+    small.weight = torch.nn.Parameter(weight, requires_grad=False)
     return small, weight.shape[1]

@@ -113,17 +113,28 @@ def test_padded_by_the_rule_a_row_is_the_same_in_any_company(dtype, packed):
                 assert torch.equal(layer(padded)[:n], expected[:n]), f"{n} rows, {layer}"
 
 
-def test_the_rule_is_the_strictest_that_any_layer_needs(monkeypatch):
-    class Odd(torch.nn.Linear):
-        """Other rows for odd row counts, as kernels with a remainder have."""
+@pytest.mark.parametrize(
+    ("depends", "expected"),
+    [
+        (lambda n: False, RowRule(1, 1)),
+        (lambda n: n == 1, RowRule(2, 1)),
+        (lambda n: n < 4, RowRule(4, 1)),
+        (lambda n: n % 2, RowRule(2, 2)),
+        (lambda n: n % 4, RowRule(4, 4)),
+        (lambda n: n % 8, RowRule(8, 8)),
+    ],
+)
+def test_the_cheapest_rule_is_found_for_kernels_that_treat_some_row_counts_apart(
+    depends, expected, monkeypatch
+):
+    def forward(self, rows):
+        return rows[:, :4] + (1.0 if depends(len(rows)) else 0.0)
 
-        def forward(self, input):
-            return super().forward(input) + (1.0 if input.shape[0] % 2 else 0.0)
-
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8).double(), Odd(8, 8).double())
-    base = row_rule(model[:1])
-    rule = row_rule(model)
-    assert rule.multiple >= 2 and rule.multiple % base.multiple == 0 and rule.least >= base.least
+    model = layers(torch.float32, (8, 8), (64, 8))
+    pack_linear_layers(model)
+    assert type(model[0]) is PackedLinear
+    monkeypatch.setattr(PackedLinear, "forward", forward)
+    assert row_rule(model) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
