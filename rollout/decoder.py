@@ -19,15 +19,17 @@ from rollout.forward import TreeForward
 from rollout.kv_pool import MAX_EXTENT
 from rollout.requests import Completion, Request
 from rollout.running import Drawn, RunningTable
-from rollout.sampler import sample
 from rollout.settings import EngineSettings
+from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
 
 
 class Decoder:
     """See the module."""
 
-    def __init__(self, store: TreeStore, forward: TreeForward, settings: EngineSettings) -> None:
+    def __init__(
+        self, store: TreeStore, forward: TreeForward, settings: EngineSettings, stops: StopRules
+    ) -> None:
         self.store = store
         self.settings = settings
         self.waiting: deque[Request] = deque()
@@ -36,7 +38,7 @@ class Decoder:
         self.unfinished: set[int] = set()  # ids of waiting and running requests
         self._forward = forward
         self._meter = forward.meter
-        self._table = RunningTable(settings.max_running_requests)
+        self._table = RunningTable(settings.max_running_requests, stops)
         self._next_id = 0
         # The last batch and which of its requests go on, while it can be continued.
         self._last: tuple[Batch, np.ndarray] | None = None
@@ -52,7 +54,7 @@ class Decoder:
             self.unfinished.add(request.request_id)
         else:
             handle = self.store.append(node, Drawn().token_ids)
-            self.done.append(self._completion(request, Drawn(), LENGTH, handle))
+            self.done.append(self._completion(request, Drawn.nothing(spec), LENGTH, handle))
         return request.request_id
 
     def cancel(self, request_id: int) -> bool:
@@ -146,7 +148,8 @@ class Decoder:
         tree.lock(leaf)
         tree.unlock(base)
         request.base, request.leaf, request.is_fresh = base, leaf, True
-        request.row = self._table.add(base.end, request.spec, request.path_key, request.drawn)
+        path = base.path_token_ids() if request.spec.reads_path else None
+        request.row = self._table.add(base.end, request.spec, request.path_key, request.drawn, path)
         self._table.add_slots(request.row, store.add_slots(leaf, growth))
         request.versions.append((drawn, store.policy_version))
         if not drawn:
@@ -212,6 +215,10 @@ class Decoder:
             sampling_logprobs=drawn.sampling_logprobs,
             finish_reason=reason,
             policy_versions=request.policy_versions(len(drawn.token_ids)),
+            stop_reason=drawn.stop_reason,
+            entropy=drawn.entropy,
+            top_token_ids=drawn.top_token_ids,
+            top_logprobs=drawn.top_logprobs,
         )
 
     # The forward.
@@ -225,8 +232,7 @@ class Decoder:
         logits = self._forward.run(batch.rows, batch.wanted)
         if batch.source is not None:
             logits = logits[torch.from_numpy(batch.source).to(logits.device)]
-        params, keys, positions = self._table.sampling(batch.drawing, logits.device)
-        draws = sample(logits, params, keys, positions)
+        draws = self._table.draw(batch.drawing, logits)
         stopped, full = self._table.record(batch.drawing, draws)
         self._meter.count(generated_tokens=len(batch.drawing))
         self._meter.peak(self.store.tree.num_protected)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rollout.attention.base import Block
 from rollout.decoder import Decoder
@@ -32,7 +32,9 @@ from rollout.requests import Completion
 from rollout.sampler import log_probabilities
 from rollout.scoring import Scorer, score_all
 from rollout.settings import EngineSettings
+from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
+from rollout.token_text import TokenText
 from rollout.weights import Part, Tensors, TornWeights, copy_weights, stored_state
 from treepo.base.digest import WeightManifest, tensor_digests
 
@@ -45,24 +47,33 @@ class Engine:
 
     Args:
         model: a model folder, or a loaded model (it is switched to tree attention).
+        tokenizer: a folder or a loaded tokenizer, for stop strings; None takes the model's folder.
 
     Raises:
         ValueError: no such folder, or the model does not pass the load probe.
     """
 
-    def __init__(self, model: str | Path | PreTrainedModel, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        settings: EngineSettings,
+        *,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.settings = settings
         if isinstance(model, PreTrainedModel):
             self.model = use_tree_attention(model)
         else:
             self.model = load_model(model, dtype=settings.dtype, device=settings.device)
+            tokenizer = model if tokenizer is None else tokenizer
         device = torch.device(settings.device)
         self.pool = KVPool(settings.num_kv_slots, device=device, dtype=self.model.dtype)
         self.store = TreeStore(self.pool)
         self.runner = ModelRunner(self.model, self.pool, settings)
         self._meter = Meter()
         self._forward = TreeForward(self.runner, settings, self._meter)
-        self._decoder = Decoder(self.store, self._forward, settings)
+        self._stops = StopRules(TokenText(tokenizer))
+        self._decoder = Decoder(self.store, self._forward, settings, self._stops)
         self._drafts: set[Draft] = set()
         self._is_asleep = False
         self._is_torn = False  # half a weight set was copied
@@ -133,10 +144,15 @@ class Engine:
         """Queue one segment to be sampled below ``node``; returns the request's id.
 
         Raises:
-            ValueError: the path cannot fit the pool or the model's positions, or the engine sleeps.
+            ValueError: the path cannot fit the pool or the model's positions, the engine sleeps, or
+                the spec names tokens that the model doesn't have or needs a tokenizer that isn't
+                there.
         """
         self._check_awake()
-        self._check_length(self.store.resolve(node).end, spec.max_tokens)
+        length = self.store.resolve(node).end
+        self._check_length(length, spec.max_tokens)
+        spec.check(self.model.config.get_text_config().vocab_size, length)
+        self._stops.matchers(spec)
         return self._decoder.submit(node, spec, path_key)
 
     def cancel(self, request_id: int) -> bool:

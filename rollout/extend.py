@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STOP = "stop"  # a stop token was drawn (it is the segment's last token)
+STOP = "stop"  # a stop was completed by the segment's last token
 LENGTH = "length"  # max_tokens were drawn
+
+StopReason = int | tuple[int, ...] | str  # the stop token, sequence or string that ended a segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtendSpec:
-    """How one segment is sampled.
+    """How one segment is sampled. Logits are changed in this order: bans, repetition penalty,
+    temperature, top-k, top-p, min-p.
 
     Attributes:
         max_tokens: at most so many tokens are drawn; 0 gives an empty segment that ended by length.
@@ -23,7 +26,16 @@ class ExtendSpec:
             all.
         top_k: keep so many most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this share of the likeliest; 0 drops none.
+        repetition_penalty: divides positive and multiplies negative logits of all tokens on the
+            path, prompt included; 1 changes nothing.
+        ban_token_ids: tokens that are never drawn.
         stop_token_ids: a drawn token of this set ends the segment and stays in it.
+        stop_token_sequences: so does the token that completes one of these.
+        stop_strings: so does the token after which the decoded response holds one of these.
+        num_response_tokens: how many tokens at the end of the path above belong to the response: a
+            stop sequence or string may have begun in them. One that began before does not count.
+        num_top_logprobs: report so many of the likeliest tokens at each drawn token.
+        wants_entropy: report the entropy of the distribution of each drawn token.
     """
 
     max_tokens: int
@@ -31,14 +43,69 @@ class ExtendSpec:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    ban_token_ids: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_token_sequences: tuple[tuple[int, ...], ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    num_response_tokens: int = 0
+    num_top_logprobs: int = 0
+    wants_entropy: bool = False
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 0, ">= 0")
-        _check("temperature", self.temperature, self.temperature >= 0, ">= 0 (0 is greedy)")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _check("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 keeps all)")
-        _check("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1)")
+        for field in ("max_tokens", "num_response_tokens", "num_top_logprobs"):
+            self._require(field, getattr(self, field) >= 0, ">= 0")
+        self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
+        self._require("min_p", 0 <= self.min_p < 1, "in [0, 1)")
+        self._require("repetition_penalty", self.repetition_penalty > 0, "> 0 (1: no penalty)")
+        for field in ("ban_token_ids", "stop_token_ids"):
+            self._require(field, min(getattr(self, field), default=0) >= 0, "token ids >= 0")
+        self._require(
+            "stop_token_sequences",
+            all(s and min(s) >= 0 for s in self.stop_token_sequences),
+            "sequences of at least one token id >= 0",
+        )
+        self._require("stop_strings", are_stop_strings(self.stop_strings), STOP_STRINGS_ALLOWED)
+
+    def _require(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(
+                f"sampling setting {field}={getattr(self, field)!r} is out of range: it must be "
+                f"{allowed}"
+            )
+
+    def check(self, vocabulary: int, path_length: int) -> None:
+        """
+        Raises:
+            ValueError: a token outside the vocabulary is banned, more top log-probs are asked for
+                than there are tokens, or more tokens of the response than the path above has.
+        """
+        for token in self.ban_token_ids:
+            self._require("ban_token_ids", token < vocabulary, f"token ids < {vocabulary}")
+        self._require("num_top_logprobs", self.num_top_logprobs <= vocabulary, f"<= {vocabulary}")
+        self._require(
+            "num_response_tokens",
+            self.num_response_tokens <= path_length,
+            f"<= {path_length}, the tokens of the path above",
+        )
+
+    @property
+    def reads_path(self) -> bool:
+        """Whether drawing needs to know the tokens of the path above."""
+        seeks = bool(self.stop_token_sequences or self.stop_strings)
+        return self.repetition_penalty != 1 or (seeks and self.num_response_tokens > 0)
+
+
+STOP_STRINGS_ALLOWED = "strings of at least one character, none of them U+FFFD"
+
+
+def are_stop_strings(strings: tuple[str, ...] | list[str]) -> bool:
+    """Whether stops can be looked for in text: U+FFFD stands for a character that is not complete
+    yet, so it cannot be part of one.
+    """
+    return all(isinstance(s, str) and s and "\ufffd" not in s for s in strings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +135,15 @@ class ExtendResult:
         token_ids: int32.
         logprobs: float32, of the drawn token under softmax(logits / temperature) (at temperature 0:
             softmax(logits)); what a trainer recomputes.
-        sampling_logprobs: float32, after top-p and the rest: the behaviour policy (0 when greedy).
+        sampling_logprobs: float32, after bans, penalty, top-p and the rest: the behaviour policy
+            (0 when greedy).
         finish_reason: ``STOP`` or ``LENGTH``.
         policy_version: of the weights that drew the tokens.
+        stop_reason: the stop that was completed; None for ``LENGTH``.
+        entropy: float32, in nats, of the distribution of ``logprobs``; None if not asked for.
+        top_token_ids: int32 [n, num_top_logprobs], the likeliest tokens of that distribution,
+            likeliest first; None if not asked for.
+        top_logprobs: float32 [n, num_top_logprobs], theirs.
     """
 
     request: ExtendRequest
@@ -79,10 +152,7 @@ class ExtendResult:
     sampling_logprobs: np.ndarray
     finish_reason: str
     policy_version: int
-
-
-def _check(field: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(
-            f"sampling setting {field}={value!r} is out of range: it must be {allowed}"
-        )
+    stop_reason: StopReason | None = None
+    entropy: np.ndarray | None = None
+    top_token_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollout.extend import ExtendSpec
+from rollout.extend import ExtendSpec, StopReason
 from rollout.radix_tree import TreeNode
 from rollout.running import Drawn
 from rollout.store import Node
@@ -29,6 +29,10 @@ class Completion:
     sampling_logprobs: np.ndarray
     finish_reason: str
     policy_versions: np.ndarray
+    stop_reason: StopReason | None = None
+    entropy: np.ndarray | None = None
+    top_token_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
     @property
     def policy_version(self) -> int:

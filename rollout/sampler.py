@@ -1,49 +1,183 @@
-"""Logits to tokens by the inverse of the cumulative distribution, in float64.
+"""Logits to tokens by the inverse of the cumulative distribution.
 
 One uniform a draw, named by (path key, position, purpose), walks the cumulative probabilities in
-order of token id. Nothing else enters, so a draw does not depend on the company it is made in.
+order of token id. Probabilities are float64, cumulative ones exact integers
+(``rollout.fixed_point``): a draw depends neither on the company it is made in nor on the device.
 
-Truncation keeps a set of tokens: first the ``top_k`` likeliest, then of these the smallest set of
-likeliest whose renormalised probability reaches ``top_p``, then those at least ``min_p`` times as
-likely as the likeliest. Ties go to the lower token id, so the set is unique.
+Nothing here waits for the device: what the host knows of a batch stands in Python values of
+``SamplingParams``, and whether the logits were finite is part of the result. With fixed shapes and
+the same Python values every operation can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
+from rollout.fixed_point import BIAS, biased_weights, inverse_cdf
+from rollout.penalties import Repetition, ban
+from rollout.truncation import Truncation, truncate
 from treepo.base.keys import Purpose, uniforms
+
+# Elements of one piece of work: on a CPU what its cache holds, on a GPU what memory can spare.
+_PIECE = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SamplingParams:
-    """One row's settings a row, all [N]; see ``rollout.extend.ExtendSpec``.
+    """How a batch of rows is drawn; see ``rollout.extend.ExtendSpec``.
+
+    Each part is done for all rows if it is there at all; a row that does not want it has a value
+    that changes nothing, and pays the time.
 
     Attributes:
-        temperature: float64, 0 is greedy.
-        top_p, min_p: float64.
-        top_k: int64, 0 keeps all.
-        truncates: whether any row has top_p, top_k or min_p set.
+        temperature: float64 [N], 0 is greedy.
+        is_scaled: whether a temperature is neither 0 nor 1.
+        greedy: which rows are: "none", "some" or "all".
+        truncation: top-p, top-k and min-p.
+        banned: int64 [N, K], see ``rollout.penalties.ban``.
+        repetition: the repetition penalty; drawing adds the token to its path.
+        num_top_logprobs: how many of the likeliest tokens are reported.
+        wants_entropy: whether the entropy is reported.
     """
 
     temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    min_p: torch.Tensor
-    truncates: bool
+    is_scaled: bool = True
+    greedy: str = "some"
+    truncation: Truncation | None = None
+    banned: torch.Tensor | None = None
+    repetition: Repetition | None = None
+    num_top_logprobs: int = 0
+    wants_entropy: bool = False
+
+    def rows(self, rows: slice) -> SamplingParams:
+        """The same for some of the rows."""
+        return SamplingParams(
+            temperature=self.temperature[rows],
+            is_scaled=self.is_scaled,
+            greedy=self.greedy,
+            truncation=self.truncation and self.truncation.rows(rows),
+            banned=None if self.banned is None else self.banned[rows],
+            repetition=self.repetition and self.repetition.rows(rows),
+            num_top_logprobs=self.num_top_logprobs,
+            wants_entropy=self.wants_entropy,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Group:
+    """Rows that need the same.
+
+    Attributes:
+        rows: int64 [n], which of the batch's rows; None: all.
+    """
+
+    params: SamplingParams
+    rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SamplingPlan:
+    """A batch in groups, so that no row pays for what another needs.
+
+    Attributes:
+        order: int64 [N], where each row of the batch stands among the groups' rows, one group after
+            the other; None for one group.
+    """
+
+    groups: tuple[Group, ...]
+    order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Draws:
-    """``token_ids`` int64 [N]; ``logprobs`` and ``sampling_logprobs`` float32 [N] as in
-    ``rollout.extend.ExtendResult``.
+    """One drawn token a row, on the logits' device.
+
+    Attributes:
+        token_ids: int64 [N].
+        logprobs, sampling_logprobs: float32 [N], as in ``rollout.extend.ExtendResult``.
+        is_finite: bool [N], False where the logits are broken or all tokens banned; the rest of
+            such a row means nothing.
+        entropy: float32 [N], in nats, of softmax(logits / temperature); None if not asked for.
+        top_token_ids: int64 [N, n], the likeliest tokens, likeliest first; None if not asked for.
+        top_logprobs: float32 [N, n], theirs.
     """
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor
     sampling_logprobs: torch.Tensor
+    is_finite: torch.Tensor
+    entropy: torch.Tensor | None = None
+    top_token_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+    def to_host(self) -> HostDraws:
+        """Numpy arrays of the same, in one transfer."""
+        if self.token_ids.device.type != "cpu":
+            return self.unpack(self.pack().cpu().numpy())
+        arrays: list[Any] = [None if t is None else t.numpy() for t in self._parts()]
+        return HostDraws(*arrays)
+
+    def unpack(self, packed: np.ndarray) -> HostDraws:
+        """What ``pack`` gave, apart again."""
+        widths = [0 if t is None else 1 if t.dim() == 1 else t.shape[1] for t in self._parts()]
+        columns = np.split(packed, np.cumsum(widths)[:-1], axis=1)
+        parts = zip(self._parts(), columns, strict=True)
+        arrays: list[Any] = [None if t is None else _unpacked(c, t) for t, c in parts]
+        return HostDraws(*arrays)
+
+    def pack(self) -> torch.Tensor:
+        """int32 [N, C]: all of it, floats by their bits."""
+        columns = [t if t.dim() == 2 else t.unsqueeze(1) for t in self._parts() if t is not None]
+        return torch.cat(
+            [c.view(torch.int32) if c.is_floating_point() else c.int() for c in columns], dim=1
+        )
+
+    def _parts(self) -> tuple[Any, ...]:
+        return (
+            self.token_ids,
+            self.logprobs,
+            self.sampling_logprobs,
+            self.is_finite,
+            self.entropy,
+            self.top_token_ids,
+            self.top_logprobs,
+        )
+
+
+class Workspace:
+    """Memory that draws write over. A CPU spends more on fresh pages than on what is written in
+    them, so a caller that draws again and again keeps one. Not for a GPU, whose allocator keeps
+    memory itself.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(2, 0, dtype=torch.float64)
+
+    def pair(self, like: torch.Tensor) -> torch.Tensor:
+        """float64 [2, N, V], not initialised, for ``like`` [N, V]."""
+        if like.device.type != "cpu":
+            return torch.empty(2, *like.shape, dtype=torch.float64, device=like.device)
+        if self._memory.shape[1] < like.numel():
+            self._memory = torch.empty(2, like.numel(), dtype=torch.float64)
+        return self._memory[:, : like.numel()].unflatten(1, like.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostDraws:
+    """``Draws`` as numpy arrays."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    sampling_logprobs: np.ndarray
+    is_finite: np.ndarray
+    entropy: np.ndarray | None
+    top_token_ids: np.ndarray | None
+    top_logprobs: np.ndarray | None
 
 
 def sample(
@@ -54,55 +188,39 @@ def sample(
     Args:
         logits: [N, V], any float dtype.
         keys, positions: int64 [N], see ``treepo.base.keys.uniforms``.
-
-    Raises:
-        ValueError: a row of logits is not finite at its peak.
     """
-    greedy = params.temperature == 0
-    scaled = logits.to(torch.float64)
-    scaled = scaled / torch.where(greedy, 1.0, params.temperature).unsqueeze(1)
-    peak = scaled.amax(dim=1, keepdim=True)
-    if not bool(torch.isfinite(peak).all()):
-        raise ValueError("the model gave logits that are not finite: its weights are broken")
-    scaled = scaled - peak
-    weights = torch.exp(scaled)
-    total = weights.sum(dim=1)
-    kept = _truncate(weights, params) if params.truncates else weights
-    token_ids = inverse_cdf(kept, uniforms(keys, positions, Purpose.TOKEN))
-    if bool(greedy.any()):
-        token_ids = torch.where(greedy, _first_peak(scaled), token_ids)
-    chosen = scaled.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    logprobs = chosen - torch.log(total)
-    behaviour = chosen - torch.log(kept.sum(dim=1)) if params.truncates else logprobs
-    behaviour = torch.where(greedy, 0.0, behaviour)
-    return Draws(
-        token_ids=token_ids,
-        logprobs=logprobs.to(torch.float32),
-        sampling_logprobs=behaviour.to(torch.float32),
+    return sample_at(logits, params, uniforms(keys, positions, Purpose.TOKEN))
+
+
+def sample_at(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    uniform: torch.Tensor,
+    workspace: Workspace | None = None,
+) -> Draws:
+    """``sample`` with the uniforms (float64 [N] in (0, 1)) at hand."""
+    workspace = workspace or Workspace()
+    num_rows, vocabulary = logits.shape
+    step = max(1, _PIECE.get(logits.device.type, 1 << 25) // vocabulary)
+    if num_rows <= step:
+        return _sample(logits, params, uniform, workspace)
+    pieces = [slice(lo, lo + step) for lo in range(0, num_rows, step)]
+    return _join(
+        [_sample(logits[rows], params.rows(rows), uniform[rows], workspace) for rows in pieces]
     )
 
 
-def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulative weight exceeds ``uniform`` of the total.
-
-    Args:
-        weights: float64 [N, V], >= 0, not all 0 in a row.
-        uniform: float64 [N] in (0, 1).
-
-    Returns:
-        int64 [N]; never a token of weight 0.
-    """
-    cumulative = torch.cumsum(weights, dim=1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    # Rounding can put the target on the total itself; then the last token of the support is meant.
-    columns = torch.arange(weights.shape[1], device=weights.device)
-    last = (
-        torch.where(weights > 0, columns, -1).amax(dim=1)
-        if bool((found >= weights.shape[1]).any())
-        else found
-    )
-    return torch.minimum(found, last)
+def sample_plan(
+    logits: torch.Tensor, plan: SamplingPlan, uniform: torch.Tensor, workspace: Workspace
+) -> Draws:
+    """``sample_at`` where rows need different things: each group by itself."""
+    if plan.order is None:
+        return sample_at(logits, plan.groups[0].params, uniform, workspace)
+    parts = [
+        sample_at(logits[group.rows], group.params, uniform[group.rows], workspace)
+        for group in plan.groups
+    ]
+    return _join(parts, plan.order)
 
 
 def log_probabilities(
@@ -116,23 +234,126 @@ def log_probabilities(
     return (chosen - torch.logsumexp(scaled, dim=1)).to(torch.float32)
 
 
-def _first_peak(scaled: torch.Tensor) -> torch.Tensor:
-    """The lowest token id among the likeliest; ``scaled`` has its peaks at 0."""
-    columns = torch.arange(scaled.shape[1], device=scaled.device)
-    return torch.where(scaled == 0, columns, scaled.shape[1]).amin(dim=1)
+def _sample(
+    logits: torch.Tensor, params: SamplingParams, uniform: torch.Tensor, workspace: Workspace
+) -> Draws:
+    exact, probs = workspace.pair(logits)
+    exact.copy_(logits)
+    sampled = probs
+    if params.banned is not None or params.repetition is not None:
+        changed = exact
+        if params.banned is not None:
+            changed = ban(changed, params.banned)
+        if params.repetition is not None:
+            changed = params.repetition.apply(changed)
+        sampled = _softmax(changed, params, out=torch.empty_like(probs))
+    _softmax(exact, params, out=probs)
+    token_ids, behaviour = _draw(sampled, params, uniform, spare=exact)
+    if params.repetition is not None:
+        params.repetition.note(token_ids)
+    logprobs = torch.log(_at(probs, token_ids)).float()
+    if behaviour is None:
+        behaviour = logprobs if sampled is probs else torch.log(_at(sampled, token_ids)).float()
+    if params.greedy != "none":
+        behaviour = torch.where(params.temperature == 0, 0.0, behaviour)
+    # One value that is not finite makes its whole row NaN.
+    is_finite = ~torch.isnan(probs[:, 0] if sampled is probs else probs[:, 0] + sampled[:, 0])
+    top = torch.topk(probs, params.num_top_logprobs, dim=1) if params.num_top_logprobs else None
+    return Draws(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        sampling_logprobs=behaviour,
+        is_finite=is_finite,
+        entropy=torch.special.entr(probs).sum(1).float() if params.wants_entropy else None,
+        top_token_ids=None if top is None else top.indices,
+        top_logprobs=None if top is None else torch.log(top.values).float(),
+    )
 
 
-def _truncate(weights: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """``weights`` with the tokens outside the kept set at 0."""
-    vocabulary = weights.shape[1]
-    ranked, order = torch.sort(weights, dim=1, descending=True, stable=True)
-    top_k = torch.where(params.top_k == 0, vocabulary, params.top_k).unsqueeze(1)
-    ranked = torch.where(torch.arange(vocabulary, device=weights.device) < top_k, ranked, 0.0)
-    before = torch.cumsum(ranked, dim=1) - ranked
-    top_p = params.top_p.unsqueeze(1)
-    whole = ranked.sum(dim=1, keepdim=True)
-    # A token stays while the ones before it do not reach top_p; top_p = 1 drops nothing, whatever
-    # the cumulative sums round to.
-    keep = (top_p >= 1) | (before < top_p * whole)
-    keep &= ranked >= params.min_p.unsqueeze(1) * ranked[:, :1]
-    return torch.zeros_like(weights).scatter(1, order, torch.where(keep, ranked, 0.0))
+def _softmax(logits: torch.Tensor, params: SamplingParams, *, out: torch.Tensor) -> torch.Tensor:
+    """softmax(logits / temperature), softmax(logits) where greedy; all float64 [N, V]. ``logits``
+    are scaled in place.
+    """
+    if params.is_scaled:
+        factor = torch.where(params.temperature == 0, 1.0, 1 / params.temperature)
+        logits.mul_(factor.unsqueeze(1))
+    return torch.softmax(logits, dim=1, out=out)
+
+
+def _draw(
+    probs: torch.Tensor, params: SamplingParams, uniform: torch.Tensor, *, spare: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids, int64 [N], and their log-probs after truncation, float32 [N] (None without).
+
+    Args:
+        spare: float64 [N, V], memory that may be overwritten.
+    """
+    if params.greedy == "all":
+        return torch.argmax(probs, dim=1), None
+    weights = biased_weights(probs, out=spare)
+    behaviour = None
+    if params.truncation is None:
+        token_ids = inverse_cdf(weights, uniform, bias=BIAS)
+    else:
+        kept, kept_ids = truncate(weights - BIAS, params.truncation)
+        column = inverse_cdf(kept, uniform)
+        token_ids = column if kept_ids is None else _at(kept_ids, column)
+        behaviour = torch.log(_at(kept, column).double() / kept.sum(1)).float()
+    if params.greedy == "some":
+        token_ids = torch.where(params.temperature == 0, torch.argmax(probs, dim=1), token_ids)
+    return token_ids, behaviour
+
+
+def _at(table: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[N]: one column of each row."""
+    return table.gather(1, columns.unsqueeze(1)).squeeze(1)
+
+
+def _join(parts: Sequence[Draws], order: torch.Tensor | None = None) -> Draws:
+    """The rows of all parts, one part after the other, then in ``order``. What a part does not
+    report is NaN, or 0 for token ids.
+    """
+    counts = [len(p.token_ids) for p in parts]
+    joined = [_cat(tensors, counts) for tensors in zip(*(p._parts() for p in parts), strict=True)]
+    if order is not None:
+        joined = [None if tensor is None else tensor[order] for tensor in joined]
+    token_ids, logprobs, sampling_logprobs, is_finite, entropy, top_token_ids, top_logprobs = joined
+    assert token_ids is not None and logprobs is not None
+    assert sampling_logprobs is not None and is_finite is not None
+    return Draws(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        sampling_logprobs=sampling_logprobs,
+        is_finite=is_finite,
+        entropy=entropy,
+        top_token_ids=top_token_ids,
+        top_logprobs=top_logprobs,
+    )
+
+
+def _cat(tensors: Sequence[torch.Tensor | None], counts: Sequence[int]) -> torch.Tensor | None:
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return None
+    shape = max(t.shape[1:] for t in present)
+    if len(present) == len(tensors) and all(t.shape[1:] == shape for t in present):
+        return torch.cat(present)
+    filler = torch.nan if present[0].is_floating_point() else 0
+    whole = present[0].new_full((sum(counts), *shape), filler)
+    for tensor, lo in zip(tensors, [sum(counts[:i]) for i in range(len(counts))], strict=True):
+        if tensor is not None:
+            rows = whole[lo : lo + len(tensor)]
+            (rows[:, : tensor.shape[1]] if tensor.dim() == 2 else rows).copy_(tensor)
+    return whole
+
+
+def _unpacked(column: np.ndarray, tensor: torch.Tensor) -> np.ndarray:
+    """A part of the packed array in the form of ``tensor``."""
+    column = np.ascontiguousarray(column)
+    if tensor.is_floating_point():
+        column = column.view(np.float32)
+    elif tensor.dtype == torch.bool:
+        column = column.astype(bool)
+    else:
+        column = column.astype(np.int64)
+    return column if tensor.dim() == 2 else column[:, 0]

@@ -239,4 +239,8 @@ def _result(request: ExtendRequest, completion: Completion) -> ExtendResult:
         sampling_logprobs=completion.sampling_logprobs,
         finish_reason=completion.finish_reason,
         policy_version=completion.policy_version,
+        stop_reason=completion.stop_reason,
+        entropy=completion.entropy,
+        top_token_ids=completion.top_token_ids,
+        top_logprobs=completion.top_logprobs,
     )

@@ -72,23 +72,38 @@ def leaves(segments: Sequence[Segment]) -> tuple[int, ...]:
     return tuple(i for i, segment in enumerate(segments) if segment.finish_reason)
 
 
-def extend_spec(settings: SamplingSettings, max_tokens: int) -> ExtendSpec:
+def extend_spec(
+    settings: SamplingSettings, max_tokens: int, num_response_tokens: int = 0
+) -> ExtendSpec:
+    """One segment by a strategy's settings.
+
+    Args:
+        num_response_tokens: of the response above the segment.
+    """
     return ExtendSpec(
         max_tokens=max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
         min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        ban_token_ids=tuple(settings.ban_token_ids),
         stop_token_ids=tuple(settings.stop_token_ids),
+        stop_token_sequences=tuple(map(tuple, settings.stop_token_sequences)),
+        stop_strings=tuple(settings.stop_strings),
+        num_response_tokens=num_response_tokens,
     )
 
 
 def drew_stop(result: ExtendResult) -> bool:
-    """Whether the segment ends in a stop token, be it its only one or the last that fitted."""
-    stops = result.request.spec.stop_token_ids
-    last_is_stop = len(result.token_ids) > 0 and int(result.token_ids[-1]) in stops
-    assert last_is_stop or result.finish_reason != STOP, "a segment stopped without a stop token"
-    return last_is_stop
+    """Whether the segment ends with a stop, be it its only token or the last that fitted."""
+    spec = result.request.spec
+    last_is_stop = len(result.token_ids) > 0 and int(result.token_ids[-1]) in spec.stop_token_ids
+    stopped = last_is_stop or result.finish_reason == STOP
+    assert not stopped or last_is_stop or spec.stop_token_sequences or spec.stop_strings, (
+        "a segment stopped without a stop"
+    )
+    return stopped
 
 
 def collect(

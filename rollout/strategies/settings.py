@@ -28,9 +28,17 @@ class SamplingSettings:
     top_p: float = 1.0  # nucleus: smallest set of likely tokens with this probability; 1 keeps all
     top_k: int = 0  # keep so many likely tokens; 0 keeps all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0 drops none
+    # divides positive and multiplies negative logits of all tokens on the path, prompt included;
+    # 1 changes nothing
+    repetition_penalty: float = 1.0
+    ban_token_ids: list[int] = field(default_factory=list)  # never drawn
     max_response_length: int = 1024  # tokens of a response, its end-of-sequence token included
     # tokens that end a response, any of them; empty: filled in from the model's tokenizer
     stop_token_ids: list[int] = field(default_factory=list)
+    # what else ends a response, with the token that completes it: one of these token sequences, or
+    # text of the response (special tokens included) that holds one of these strings
+    stop_token_sequences: list[list[int]] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
@@ -38,9 +46,30 @@ class SamplingSettings:
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all tokens)")
         self._require("min_p", 0 <= self.min_p < 1, "in [0, 1) (0 drops no token)")
         self._require("max_response_length", self.max_response_length >= 1, ">= 1")
+        self._require("repetition_penalty", self.repetition_penalty > 0, "> 0 (1: no penalty)")
+        for name in ("ban_token_ids", "stop_token_ids"):
+            self._require(name, all(token >= 0 for token in getattr(self, name)), "token ids >= 0")
         self._require(
-            "stop_token_ids", all(token >= 0 for token in self.stop_token_ids), "token ids >= 0"
+            "stop_token_sequences",
+            all(s and min(s) >= 0 for s in self.stop_token_sequences),
+            "sequences of at least one token id >= 0",
         )
+        self._require(
+            "stop_strings",
+            all(s and "\ufffd" not in s for s in self.stop_strings),
+            "strings of at least one character, none of them U+FFFD (a character cut in two)",
+        )
+        self._check_bans()
+
+    def _check_bans(self) -> None:
+        banned = set(self.ban_token_ids)
+        unreachable = [t for t in self.stop_token_ids if t in banned]
+        unreachable += [t for s in self.stop_token_sequences for t in s if t in banned]
+        if unreachable:
+            raise ValueError(
+                f"{type(self).__name__}.ban_token_ids={self.ban_token_ids}: token {unreachable[0]} "
+                "is part of a stop, which could then never be drawn: take it off one of the lists"
+            )
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:

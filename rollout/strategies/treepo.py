@@ -195,14 +195,15 @@ class TreePO:
         num_children = Counter(segment.parent for segment in segments)
         requests = []
         for request_id, parent in enumerate(parents, start=state.next_request_id):
-            room = settings.max_response_length - response_length(segments, parent)
+            above = response_length(segments, parent)
+            room = settings.max_response_length - above
             requests.append(
                 ExtendRequest(
                     request_id=request_id,
                     parent=parent,
                     path_key=child_key(segments[parent].path_key, num_children[parent]),
                     level=segments[parent].level + 1,
-                    spec=extend_spec(settings, min(settings.segment_length, room)),
+                    spec=extend_spec(settings, min(settings.segment_length, room), above),
                 )
             )
             num_children[parent] += 1
