@@ -1,0 +1,56 @@
+"""Models with random weights in given shapes, built in code: no download, the same everywhere."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+
+def qwen3_7m(*, dtype: str = "float32", max_position: int = 4096) -> PreTrainedModel:
+    """6.8 million parameters; plain attention (sdpa)."""
+    config = Qwen3Config(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=max_position,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _random(config, dtype)
+
+
+def qwen2_half_billion(*, num_layers: int, dtype: str = "float32") -> PreTrainedModel:
+    """Qwen2.5-0.5B's shape (which has 24 layers) with ``num_layers``."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=num_layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _random(config, dtype)
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in another model, whose attention can be switched by itself."""
+    return copy.deepcopy(model)
+
+
+def _random(config, dtype: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.to(getattr(torch, dtype)).eval()

@@ -1,0 +1,67 @@
+"""Each benchmark's quick version runs, keeps its time and writes the ratios it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RATIOS = {
+    "attention": {"per_node_vs_gathered", "median"},
+    "rollout_vs_transformers": {"vs_generate", "vs_generate_batch", "worst_vs_best_peer"},
+    "tree_vs_flat": {"trajectories_per_s", "tokens_per_s", "query_tokens", "kv_over_unique"},
+    "host_overhead": {"host_share", "host_and_sampling_share"},
+}
+
+
+def quick_run(name: str, folder: Path) -> dict:
+    path = folder / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--json", path]
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(f"{name}: {time.monotonic() - began:.0f} s")
+    report = json.loads(path.read_text())
+    assert report["name"] == name and report["settings"]["quick"] is True
+    assert RATIOS[name] <= set(report["ratios"])
+    assert report["counts"] and report["timings"] and report["gates"]
+    return report
+
+
+def test_the_attention_benchmark_runs(tmp_path):
+    report = quick_run("attention", tmp_path)
+    # 512 shared and 16 x 32 own keys, read once each or once a path
+    (read,) = {json.dumps(keys) for keys in report["counts"]["keys_read"].values()}
+    assert json.loads(read) == {"per_node": 512 + 16 * 32, "gathered": 16 * (512 + 32)}
+
+
+@pytest.mark.long
+def test_the_comparison_with_transformers_runs_and_forwards_each_token_once(tmp_path):
+    report = quick_run("rollout_vs_transformers", tmp_path)
+    counts = report["counts"]["query_tokens"]
+    assert counts["float32, prompt 128, n=16"] == 128 + 16 * 15
+    assert counts["bfloat16, prompt 64, n=8"] == 64 + 8 * 7
+
+
+@pytest.mark.long
+def test_the_comparison_of_tree_and_flat_runs_and_its_token_ratio_is_exact(tmp_path):
+    report = quick_run("tree_vs_flat", tmp_path)
+    for depth in ("4", "7"):
+        counts = report["counts"][depth]
+        assert counts["tree"]["query_tokens"] == counts["expected_query_tokens"]["tree"]
+        assert counts["flat"]["query_tokens"] == counts["expected_query_tokens"]["flat"]
+
+
+@pytest.mark.long
+def test_the_measurement_of_host_work_runs_and_its_shares_are_shares(tmp_path):
+    report = quick_run("host_overhead", tmp_path)
+    for running, share in report["ratios"]["host_share"].items():
+        assert 0 < share < report["ratios"]["host_and_sampling_share"][running] < 1
