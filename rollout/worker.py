@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rollout.engine import Engine
-from rollout.metrics import CostLedger
+from rollout.metrics import CostLedger, EngineGauges
 from rollout.scheduler import generate_all
 from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
@@ -137,6 +137,12 @@ class RolloutWorker:
     def policy_version(self) -> int:
         """Version of the weights the engine holds."""
         return self._engine.policy_version
+
+    def gauges(self) -> EngineGauges:
+        """Requests and slots that the engine holds now; what a call of ``sample`` cost comes with
+        its trees.
+        """
+        return self._engine.gauges()
 
     def digests(self) -> dict[str, int]:
         """Digest of each stored tensor by name."""
