@@ -16,6 +16,25 @@ def test_the_digest_of_known_bytes_follows_the_formula():
     assert tensor_digest("w", torch.tensor([5, 9])) == mix64((total & mask) ^ seed)
 
 
+@pytest.mark.parametrize(
+    "num_bytes", [0, 5, 8, 100_003, 8 * (1 << 16), 8 * (1 << 17) + 24, 1 << 21]
+)
+def test_the_digest_does_not_depend_on_the_chunks_it_is_computed_in(num_bytes):
+    from treepo.base.digest import _word_of
+    from treepo.base.keys import mix64
+
+    gamma, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    generator = torch.Generator().manual_seed(num_bytes)
+    raw = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
+    seed = _word_of(f"w|torch.uint8|({num_bytes},)")
+    padded = raw.numpy().tobytes() + b"\0" * (-num_bytes % 8)
+    total = 0
+    for at in range(0, len(padded), 8):
+        word = int.from_bytes(padded[at : at + 8], "little")
+        total += mix64(word ^ mix64((at // 8 + 1) * gamma + seed))
+    assert tensor_digest("w", raw) == mix64((total & mask) ^ seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 8, 1000])
 def test_every_single_flipped_byte_changes_the_digest(dtype, size):
@@ -53,7 +72,7 @@ def test_chunks_and_views_do_not_change_the_digest(monkeypatch):
     tensor = torch.randn(1001)
     whole = tensor_digest("w", tensor)
     assert tensor_digest("w", torch.cat([torch.zeros(1), tensor])[1:]) == whole  # unaligned storage
-    monkeypatch.setattr("treepo.base.digest._WORDS_A_CHUNK", 7)
+    monkeypatch.setattr("treepo.base.digest._CPU_CHUNK", 7)
     assert tensor_digest("w", tensor) == whole
 
 

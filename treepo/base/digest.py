@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-from treepo.base.keys import mix64, mix64_tensor, to_signed
+from treepo.base.keys import mix64, mix64_in_place, to_signed
 
 _GAMMA = 0x9E3779B97F4A7C15
-_WORDS_A_CHUNK = 1 << 22  # bounds the working memory of the checksum to a few tens of MB
+_MASK = (1 << 64) - 1
+# Words mixed at one time: what stays in a core's cache, or enough to keep another device busy.
+_CPU_CHUNK, _OTHER_CHUNK = 1 << 16, 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,28 +70,37 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> int:
     """64-bit checksum of one tensor's name, dtype, shape and bytes (unsigned)."""
     header = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}"
     seed = _word_of(header)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = raw.numel() // 8 * 8
     words = raw[:whole].view(torch.int64) if whole and raw.data_ptr() % 8 == 0 else None
     if words is None:
         words = raw[:whole].clone().view(torch.int64)
+    total = _sum_of_mixed(words, seed, first=1)
     if raw.numel() > whole:  # the last few bytes, padded with zeros; their number is in the shape
         tail = torch.zeros(8, dtype=torch.uint8, device=raw.device)
         tail[: raw.numel() - whole] = raw[whole:]
-        words = torch.cat([words, tail.view(torch.int64)])
-    for start in range(0, words.numel(), _WORDS_A_CHUNK):
-        chunk = words[start : start + _WORDS_A_CHUNK]
-        index = torch.arange(
-            start + 1, start + 1 + chunk.numel(), dtype=torch.int64, device=chunk.device
-        )
-        # Mixing the index first makes the sum depend on where each word stands, not only on which
-        # words there are.
-        total = (
-            total
-            + mix64_tensor(chunk ^ mix64_tensor(index * to_signed(_GAMMA) + to_signed(seed))).sum()
-        )
-    return mix64((int(total.item()) ^ seed) & ((1 << 64) - 1))
+        total += _sum_of_mixed(tail.view(torch.int64), seed, first=1 + words.numel())
+    return mix64((int(total.item()) ^ seed) & _MASK)
+
+
+def _sum_of_mixed(words: torch.Tensor, seed: int, *, first: int) -> torch.Tensor:
+    """Sum (int64 []) over int64 ``words`` of mix64(word ^ mix64(index * gamma + seed)), indices
+    counted from ``first``. Mixing the index makes the sum depend on where each word stands, not
+    only on which words there are.
+    """
+    size = min(words.numel(), _CPU_CHUNK if words.device.type == "cpu" else _OTHER_CHUNK)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    steps = torch.arange(first, first + size, dtype=torch.int64, device=words.device)
+    steps *= to_signed(_GAMMA)
+    mixed, scratch = torch.empty_like(steps), torch.empty_like(steps)
+    for start in range(0, words.numel(), max(1, size)):
+        chunk = words[start : start + size]
+        mixed, scratch = mixed[: len(chunk)], scratch[: len(chunk)]
+        torch.add(steps[: len(chunk)], to_signed((start * _GAMMA + seed) & _MASK), out=mixed)
+        mix64_in_place(mixed, scratch)
+        mixed ^= chunk
+        total += mix64_in_place(mixed, scratch).sum()
+    return total
 
 
 def tensor_digests(

@@ -99,3 +99,18 @@ def mix64_tensor(words: torch.Tensor) -> torch.Tensor:
     words = (words ^ _shift_right(words, 30)) * to_signed(_M1)
     words = (words ^ _shift_right(words, 27)) * to_signed(_M2)
     return words ^ _shift_right(words, 31)
+
+
+def mix64_in_place(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """:func:`mix64_tensor` that overwrites ``words`` and ``scratch`` (same shape): where much is
+    mixed, memory for intermediate results costs more than the arithmetic.
+    """
+    import torch
+
+    for bits, factor in ((30, _M1), (27, _M2), (31, 1)):
+        torch.bitwise_right_shift(words, bits, out=scratch)
+        scratch &= (1 << (64 - bits)) - 1
+        words ^= scratch
+        if factor != 1:
+            words *= to_signed(factor)
+    return words
