@@ -229,10 +229,15 @@ class Decoder:
             self._forward.run(batch.rows, np.zeros(1, np.int64))
             self._forward.settle(batch.rows)
             return
-        logits = self._forward.run(batch.rows, batch.wanted)
+        if batch.is_steady:
+            logits = self._forward.run_steady(batch.rows)
+        else:
+            logits = self._forward.run(batch.rows, batch.wanted)
         if batch.source is not None:
             logits = logits[torch.from_numpy(batch.source).to(logits.device)]
         draws = self._table.draw(batch.drawing, logits)
+        if batch.is_steady:
+            self._forward.feed(draws.token_ids)
         stopped, full = self._table.record(batch.drawing, draws)
         self._meter.count(generated_tokens=len(batch.drawing))
         self._meter.peak(self.store.tree.num_protected)

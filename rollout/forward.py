@@ -11,6 +11,7 @@ import torch
 from rollout.attention.base import Block, Plan
 from rollout.attention.choose import choose_back_end, make_plan
 from rollout.attention.spans import lay_out
+from rollout.decode_graph import DecodeSteps
 from rollout.metrics import Meter
 from rollout.model_runner import ModelRunner
 from rollout.radix_tree import TreeNode
@@ -49,6 +50,12 @@ class TreeForward:
         self.meter = meter
         # What plans the attention; see ``rollout.attention.choose``.
         self.back_end = choose_back_end(settings.attention, self.pool.device, self.pool.dtype)
+        uses_graphs = (
+            settings.cuda_graphs
+            and self.pool.device.type == "cuda"
+            and self.back_end == "triton_tree"
+        )
+        self.steps = DecodeSteps(runner, captures=True) if uses_graphs else None
 
     def rows(self, blocks: Sequence[Block]) -> Rows:
         """Lay the blocks' tokens out as query rows (at most one block a node)."""
@@ -72,6 +79,21 @@ class TreeForward:
         logits = self.runner.forward(rows.token_ids, rows.positions, rows.slots, rows.plan, wanted)
         self.meter.count(sequential_steps=1, query_tokens=len(rows.token_ids))
         return logits
+
+    def run_steady(self, rows: Rows) -> torch.Tensor:
+        """``run`` for rows that are all the last tokens of open nodes and wanted: logits [N, V],
+        valid until the next one. Where it can it leaves plan and inputs on the device.
+        """
+        logits = self.steps.run(rows.plan, rows.token_ids) if self.steps else None
+        if logits is None:
+            return self.run(rows, np.arange(len(rows.token_ids)))
+        self.meter.count(sequential_steps=1, query_tokens=len(rows.token_ids))
+        return logits
+
+    def feed(self, token_ids: torch.Tensor) -> None:
+        """The tokens (int64 [N]) drawn from what ``run_steady`` gave, one a row."""
+        if self.steps:
+            self.steps.feed(token_ids)
 
     def settle(self, rows: Rows) -> None:
         """Record in the nodes what a forward has computed."""

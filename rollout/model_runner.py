@@ -106,12 +106,34 @@ class ModelRunner:
             tree=context,
             **extra,
         ).logits[0]
+        self._check(context)
+        return logits[: len(wanted)] if self._keeps_logits else logits[self._tensor(wanted)]
+
+    def run(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """Logits [T, V] of all rows, from what is on the device already.
+
+        Args:
+            token_ids, positions: int64 [T].
+        """
+        logits = self.model(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, tree=context
+        ).logits[0]
+        self._check(context)
+        return logits
+
+    @property
+    def has_moving_frequencies(self) -> bool:
+        """Whether the model picks its rotary frequencies by the longest position of a forward."""
+        return bool(_moving_ropes(self.model))
+
+    def _check(self, context: AttentionContext) -> None:
         if not context.calls:
             raise ValueError(
                 f"model {type(self.model).__name__} cannot be served by the tree engine: it does "
                 "not take its attention through transformers' attention interface"
             )
-        return logits[: len(wanted)] if self._keeps_logits else logits[self._tensor(wanted)]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device)
@@ -125,16 +147,24 @@ def _max_position(model: PreTrainedModel) -> int | None:
     so keys stored before the threshold would not fit queries after it.
     """
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
     limits = [
         kind.get("original_max_position_embeddings") or config.max_position_embeddings
-        for kind in kinds
-        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
+        for kind in _moving_ropes(model)
     ]
-    if not rope:
+    if not getattr(config, "rope_parameters", None):
         learned = getattr(config, "n_positions", None) or getattr(
             config, "max_position_embeddings", None
         )
         limits += [learned] if learned else []
     return min(limits) if limits else None
+
+
+def _moving_ropes(model: PreTrainedModel) -> list[dict]:
+    """Rotary settings under which the frequencies depend on the longest position of a forward."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    return [
+        kind
+        for kind in kinds
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope")
+    ]

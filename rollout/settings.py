@@ -25,6 +25,7 @@ class EngineSettings:
     # back end: auto; cpu (torch, on any device), triton_tree and flash (on a GPU, per node too);
     # reference (dense, slow)
     attention: str = "auto"
+    cuda_graphs: bool = True  # on a GPU with triton_tree: steady decode steps as CUDA graphs
     share_prefixes: bool = True  # False: every request computes its whole path privately
     fp32_lm_head: bool = False  # logits in float32 from bfloat16 or float16 weights
     pack_weights: bool = True  # CPU: a second copy of the weights, laid out for few rows

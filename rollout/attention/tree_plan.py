@@ -55,8 +55,9 @@ class Capacity:
             spans=2 * rows,
             small=small,
             large=large,
-            # An item has the results of all rows that its tile touches.
-            partials=small * (SMALL_TILE // groups + 2) + large * (LARGE_TILE // groups + 2),
+            # A tile has as many stacked rows as it may, but for the last one of a run of keys; a
+            # query row has a result for each run.
+            partials=_results(small, SMALL_TILE, groups) + _results(large, LARGE_TILE, groups),
             slots=slots,
         )
 
@@ -146,9 +147,9 @@ class DeviceWork:
         self.buffer[:end].copy_(host, non_blocking=True)
 
     def advance(self) -> None:
-        """One more key for every growing span, one token deeper for every row; on the device."""
+        """One more key for every growing span, one token deeper for its row; on the device."""
         self.work.lengths.add_(self.work.steps)
-        self.work.positions.add_(1)
+        self.work.positions.add_(self.work.own_span >= 0)
 
     def last_slots(self, trash_slot: int) -> torch.Tensor:
         """int64 [rows]: the slot of each row's last token in its open node; the trash slot for
@@ -169,6 +170,10 @@ class TreePlan:
     Args:
         spans: see ``rollout.attention.spans``.
         positions: int64 [N], depth of each query row.
+
+    Attributes:
+        num_steps: advances since the last change.
+        num_changes: how often rows were dropped.
     """
 
     def __init__(
@@ -177,21 +182,31 @@ class TreePlan:
         self.device = device
         self._table = SpanTable.of(spans)
         self._positions = positions
-        self._steps = 0  # advances since table and positions were right
+        self.num_steps = 0
         self._works: dict[int, DeviceWork] = {}  # by query heads a KV head: most models have one
+        self.num_changes = 0
 
     @property
     def table(self) -> SpanTable:
         """The spans as they are now."""
-        return self._table.advance(self._steps)
+        return self._table.advance(self.num_steps)
 
     @property
     def positions(self) -> np.ndarray:
-        return self._positions + self._steps
+        return self._positions + self.num_steps
+
+    @property
+    def groups(self) -> list[int]:
+        """Query heads of a KV head, as far as layers have been seen."""
+        return list(self._works)
+
+    def release(self) -> None:
+        """Give up what is on the device (it comes back when needed)."""
+        self._works.clear()
 
     def advance(self) -> None:
         """Every row moves one token on in its open node. Nothing is transferred."""
-        self._steps += 1
+        self.num_steps += 1
         for made in self._works.values():
             made.advance()
 
@@ -203,7 +218,8 @@ class TreePlan:
         """
         self._table = self.table.keep(mask)
         self._positions = self.positions[mask]
-        self._steps = 0
+        self.num_steps = 0
+        self.num_changes += 1
         for groups, made in self._works.items():
             self._works[groups] = self._load(groups, made)
 
@@ -244,6 +260,11 @@ def _section_sizes(capacity: Capacity) -> dict[str, int]:
         "capacities": capacity.spans,
         "slots": capacity.slots,
     }
+
+
+def _results(items: int, tile: int, groups: int) -> int:
+    """Most query rows that ``items`` tiles can have between them."""
+    return items * max(1, -(-tile // groups))
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
