@@ -98,7 +98,7 @@ class RunningTable:
         self._stops.set(row, spec, above, drawn.token_ids)
         self._ensure_columns(spec)
         self._ensure_width(n + 1)
-        for name in self._columns_of(spec):
+        for name in self._columns_of(spec) if n else ():
             self._columns[name][row, :n] = _like(self._columns[name], getattr(drawn, name))
         return row
 

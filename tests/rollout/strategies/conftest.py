@@ -47,12 +47,18 @@ class ScriptedEngine:
         assert request.path_key not in self.prompts, "a path key is used twice"
         self.prompts[request.path_key] = context
         spec = request.spec
+        above = context[segments[0].num_tokens :].tolist()
+        assert spec.num_response_tokens == len(above), "the response above is of another length"
         tokens: list[int] = []
+        stopped = False
         for token in list(self.script(context, request))[: spec.max_tokens]:
             tokens.append(token)
-            if token in spec.stop_token_ids:
+            response = above + tokens
+            stopped = token in spec.stop_token_ids or any(
+                tuple(response[-len(s) :]) == s for s in spec.stop_token_sequences
+            )
+            if stopped:
                 break
-        stopped = bool(tokens) and tokens[-1] in spec.stop_token_ids
         logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
         return ExtendResult(
             request=request,

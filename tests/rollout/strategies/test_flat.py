@@ -56,3 +56,22 @@ def test_the_spec_carries_the_settings(drive):
         12, 0.7, 0.9, 11, 0.05,
     )  # fmt: skip
     assert spec.stop_token_ids == (1, 8)
+    assert (spec.repetition_penalty, spec.ban_token_ids, spec.stop_strings) == (1.0, (), ())
+    strategy = flat(
+        repetition_penalty=1.2,
+        ban_token_ids=[3, 4],
+        stop_token_sequences=[[5, 6], [7]],
+        stop_strings=["</answer>"],
+    )
+    spec = strategy.start(drive.prompt())[1][0].spec
+    assert (spec.repetition_penalty, spec.ban_token_ids) == (1.2, (3, 4))
+    assert (spec.stop_token_sequences, spec.stop_strings) == (((5, 6), (7,)), ("</answer>",))
+    assert spec.num_response_tokens == 0
+
+
+def test_a_response_that_ends_with_a_stop_sequence_is_an_end_of_sequence(drive):
+    strategy = flat(n=2, stop_token_sequences=[[6, 7]])
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(lambda c, r: [6, 6, 7, 5]))
+    for segment in tree.segments[1:]:
+        assert segment.token_ids.tolist() == [6, 6, 7]
+        assert segment.finish_reason == EOS

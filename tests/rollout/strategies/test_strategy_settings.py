@@ -37,6 +37,14 @@ def test_nested_token_lists_survive_omegaconf():
     assert OmegaConf.to_object(node).answer_token_ids == [[5, 6], [7]]
 
 
+def test_stops_survive_omegaconf():
+    changes = {"stop_token_sequences": [[5, 6], [7]], "stop_strings": ["</answer>", "\n\n"]}
+    node = OmegaConf.merge(OmegaConf.structured(FlatSettings), changes)
+    built = OmegaConf.to_object(node)
+    assert built.stop_token_sequences == [[5, 6], [7]]
+    assert built.stop_strings == ["</answer>", "\n\n"]
+
+
 def test_an_unknown_key_is_an_error_and_not_ignored():
     with pytest.raises(TypeError, match="initial_divergence"):
         TreePOSettings(initial_divergence=8)
@@ -54,6 +62,14 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
         (dict(n=0), "n=0"),
         (dict(max_response_length=0), "max_response_length=0"),
         (dict(stop_token_ids=[-1]), "stop_token_ids"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0.*no penalty"),
+        (dict(ban_token_ids=[3, -1]), "ban_token_ids"),
+        (dict(stop_token_sequences=[[]]), "stop_token_sequences.*at least one"),
+        (dict(stop_token_sequences=[[4, -4]]), "stop_token_sequences"),
+        (dict(stop_strings=["a", ""]), "stop_strings.*at least one character"),
+        (dict(stop_strings=["a\ufffd"]), "U.FFFD"),
+        (dict(ban_token_ids=[7], stop_token_ids=[1, 7]), "token 7 is part of a stop"),
+        (dict(ban_token_ids=[8], stop_token_sequences=[[7, 8]]), "token 8 is part of a stop"),
         (dict(max_depth=0), "max_depth=0"),
         (dict(segment_length=0), "segment_length=0"),
         (dict(segment_length=64), "segment_length=64.*max_response_length=32"),

@@ -221,6 +221,21 @@ def test_any_of_several_eos_ids_is_seen_at_any_position(drive, eos, position):
     assert leaf_reasons(tree) == {EOS: 2}
 
 
+@pytest.mark.parametrize("position", range(4))
+def test_a_stop_sequence_ends_a_path_wherever_the_segments_border_cuts_it(drive, position):
+    response = [20, 21, 22, 23, 24, 25, 26, 27, 28]
+
+    def script(context, request):
+        return response[len(context) - 3 :][:4]
+
+    stop = response[position : position + 5]  # longer than a segment
+    strategy = treepo(stop_token_sequences=[stop], fallback="none")
+    tree = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(script))
+    assert set(leaf_reasons(tree)) == {EOS}
+    for leaf in tree.leaves:
+        assert tree.path_token_ids(leaf, with_prompt=False).tolist() == response[: position + 5]
+
+
 def test_an_eos_that_just_fits_counts_even_if_the_engine_calls_it_length(drive):
     strategy = treepo(fallback="none")
     state, requests = strategy.start(drive.prompt())
