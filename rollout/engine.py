@@ -47,7 +47,7 @@ class Engine:
 
     Args:
         model: a model folder, or a loaded model (it is switched to tree attention).
-        tokenizer: a folder or a loaded tokenizer, for stop strings; None takes the model's folder.
+        tokenizer: a folder, Hub name or loaded tokenizer, for stop strings; None: the model's.
 
     Raises:
         ValueError: no such folder, or the model does not pass the load probe.

@@ -17,7 +17,8 @@ class TokenText:
     """A tokenizer, loaded when it is first needed.
 
     Args:
-        tokenizer: a folder, a tokenizer of transformers, or None where there is none.
+        tokenizer: a folder or Hub name (of which there must be a local copy), a tokenizer of
+            transformers, or None where there is none.
     """
 
     def __init__(self, tokenizer: str | Path | Any | None) -> None:
@@ -55,12 +56,12 @@ class TokenText:
             return self._source
         from transformers import AutoTokenizer
 
-        folder = Path(self._source).expanduser()
+        source = str(Path(self._source).expanduser())
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"stop_strings need a tokenizer and none can be loaded from {str(folder)!r}: put "
+                f"stop_strings need a tokenizer and none can be loaded from {source!r}: put "
                 "the model's tokenizer files there, name another folder with Engine(..., "
                 f"tokenizer=...), or use stop_token_sequences ({error})"
             ) from error

@@ -34,15 +34,20 @@ class RolloutWorker:
         self.rank = rank
         self._is_proved = False
 
-    def setup(self, model_path: str, engine_settings: EngineSettings) -> None:
+    def setup(
+        self, model_path: str, engine_settings: EngineSettings, tokenizer: str | None = None
+    ) -> None:
         """Load and probe a model; a call of its own, so that its errors reach the caller as they
         are.
+
+        Args:
+            tokenizer: folder or Hub name, for stop strings; the model's own by default.
 
         Raises:
             ValueError: no such model, or one that the load probe refuses.
         """
         torch.set_num_threads(engine_settings.num_threads)
-        self._engine = Engine(model_path, engine_settings)
+        self._engine = Engine(model_path, engine_settings, tokenizer=tokenizer)
         self._is_proved = True
 
     def sample(

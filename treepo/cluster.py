@@ -107,15 +107,23 @@ class Cluster:
             ray.kill(actor)
         ray.shutdown()
 
-    def start_rollout(self, model_path: str, engine: EngineSettings) -> None:
-        """Start the rollout workers, each of which loads and probes the model."""
+    def start_rollout(
+        self, model_path: str, engine: EngineSettings, tokenizer: str | None = None
+    ) -> None:
+        """Start the rollout workers, each of which loads and probes the model.
+
+        Args:
+            tokenizer: for stop strings, if it is not the model's own.
+        """
         share = 0.5 if self.config.colocate else 1.0
         actor = ray.remote(RolloutWorker).options(
             num_cpus=self.config.cpus_per_rollout_worker * share,
             num_gpus=self.config.gpus_per_rollout_worker * share,
         )
         self.rollout = [actor.remote(rank) for rank in range(self.config.num_rollout_workers)]
-        self._rollout_setups = [worker.setup.remote(model_path, engine) for worker in self.rollout]
+        self._rollout_setups = [
+            worker.setup.remote(model_path, engine, tokenizer) for worker in self.rollout
+        ]
 
     def start_learners(self, model_path: str, settings: LearnerSettings) -> None:
         """Start the learner ranks; they meet in :meth:`wait_until_ready`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,12 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
     )
     splits = load_splits(config, tokenizer)
     _, strategy = strategy_settings(config)
-    stops = strategy.stop_token_ids or stop_token_ids(model_path, tokenizer)
+    if not strategy.stop_token_ids:
+        strategy = replace(strategy, stop_token_ids=stop_token_ids(model_path, tokenizer))
     passes = evaluation_passes(config, config.sampling_seed)
     with RewardPool(config.reward) as rewards, Cluster(config=config.cluster) as cluster:
         console.print("loading the model", highlight=False)
-        cluster.start_rollout(model_path, config.engine)
+        cluster.start_rollout(model_path, config.engine, config.model.tokenizer)
         cluster.wait_until_ready()
 
         def sample(problems: Sequence[Problem], settings: SamplingPass) -> list[Tree]:
@@ -57,7 +59,7 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
                 f"{len(problems)} problems",
                 highlight=False,
             )
-            return sample_flat(cluster, problems, settings, stops)
+            return sample_flat(cluster, problems, settings, strategy)
 
         result = evaluate(
             splits, passes, sample=sample, score=rewards.score, decoder=Decoder(tokenizer)

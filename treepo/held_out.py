@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rollout.strategies.settings import FlatSettings
+from rollout.strategies.settings import FlatSettings, SamplingSettings
 from rollout.tree import Tree
 from treepo.cluster import Cluster
 from treepo.config import TrainConfig, strategy_settings
@@ -58,10 +58,12 @@ def sample_flat(
     cluster: Cluster,
     problems: Sequence[Problem],
     settings: SamplingPass,
-    stops: Sequence[int],
+    stops: SamplingSettings,
     policy_version: int = 0,
 ) -> list[Tree]:
-    """Independent responses to each problem, by the weights of ``policy_version``."""
+    """Independent responses to each problem, by the weights of ``policy_version``; they end as the
+    rollout's, whose settings are ``stops``, do.
+    """
     flat: Any = replace(
         FlatSettings(),
         n=settings.num_samples,
@@ -70,7 +72,9 @@ def sample_flat(
         top_k=settings.top_k,
         min_p=settings.min_p,
         max_response_length=settings.max_response_length,
-        stop_token_ids=list(stops),
+        stop_token_ids=stops.stop_token_ids,
+        stop_token_sequences=stops.stop_token_sequences,
+        stop_strings=stops.stop_strings,
     )
     prompts = make_prompts(problems, settings.seed, "evaluate", settings.name)
     trees, _ = cluster.sample(prompts, "flat", flat, policy_version)

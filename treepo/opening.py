@@ -101,7 +101,7 @@ def open_session(
             state=state.tracking,
         ) as tracker,
     ):
-        cluster.start_rollout(inputs.model_path, config.engine)
+        cluster.start_rollout(inputs.model_path, config.engine, config.model.tokenizer)
         cluster.start_learners(inputs.model_path, learner_settings(config))
         cluster.wait_until_ready()
         rewards.wait_until_ready()

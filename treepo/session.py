@@ -177,7 +177,7 @@ class Session:
                     self.cluster,
                     problems,
                     settings,
-                    self.strategy[1].stop_token_ids,
+                    self.strategy[1],
                     self.state.policy_version,
                 ),
                 score=self.rewards.score,

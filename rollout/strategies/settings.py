@@ -62,14 +62,14 @@ class SamplingSettings:
         self._check_bans()
 
     def _check_bans(self) -> None:
-        banned = set(self.ban_token_ids)
-        unreachable = [t for t in self.stop_token_ids if t in banned]
-        unreachable += [t for s in self.stop_token_sequences for t in s if t in banned]
-        if unreachable:
-            raise ValueError(
-                f"{type(self).__name__}.ban_token_ids={self.ban_token_ids}: token {unreachable[0]} "
-                "is part of a stop, which could then never be drawn: take it off one of the lists"
-            )
+        for sequence in self.stop_token_sequences:
+            banned = [token for token in sequence if token in self.ban_token_ids]
+            if banned:
+                raise ValueError(
+                    f"{type(self).__name__}.ban_token_ids={self.ban_token_ids}: token {banned[0]} "
+                    f"is part of the stop sequence {sequence}, which could never be drawn: take it "
+                    "off one of the lists"
+                )
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
