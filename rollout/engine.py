@@ -35,7 +35,7 @@ from rollout.settings import EngineSettings
 from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
 from rollout.token_text import TokenText
-from rollout.weights import Part, Tensors, TornWeights, copy_weights, stored_state
+from rollout.weights import Part, Tensors, WeightLoad, stored_state
 from treepo.base.digest import WeightManifest, tensor_digests
 
 _SCORE_CHUNK = 256  # query rows of one scoring forward
@@ -322,12 +322,12 @@ class Engine:
                 set is loaded.
         """
         self._check_in_flight(version, in_flight)
+        load = WeightLoad(self.model, manifest)
         try:
-            digests = copy_weights(self.model, manifest, tensors)
-        except TornWeights:
-            self._is_torn = True
-            raise
-        self._is_torn = False
+            digests = load.copy(tensors)
+        finally:  # even when interrupted
+            if load.has_begun:
+                self._is_torn = not load.is_complete
         self._put_in_force(version, in_flight)
         return digests
 

@@ -38,51 +38,52 @@ def stored_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def copy_weights(
-    model: torch.nn.Module, manifest: WeightManifest, tensors: Tensors | Iterable[Part]
-) -> dict[str, int]:
-    """Copy ``tensors`` into ``model`` in place.
-
-    Of a group of tied names one tensor is enough. Numpy arrays are views of somebody's memory
-    (such as an object store) and are read where they lie; one in a dtype that numpy lacks, such as
-    bfloat16, comes as integers of the same size.
-
-    Returns:
-        ``tensor_digests`` of the stored state, computed after copying.
-
-    Raises:
-        ValueError: the manifest does not describe this model (names, order, dtypes, shapes, ties),
-            or the tensors do not fit the manifest. Nothing is copied then, and nothing is asked of
-            ``tensors`` before the manifest is found to fit.
-        TornWeights: a part did not fit or did not come after others had been copied.
-    """
-    load = WeightLoad(model, manifest)
-    parts = load.parts_of(tensors) if isinstance(tensors, Mapping) else tensors
-    try:
-        for part in parts:
-            load.put(part)
-        load.check_complete()
-    except Exception as error:
-        if not load.has_begun:
-            raise
-        raise TornWeights(f"the weights are half old, half new: {error}") from error
-    return tensor_digests(stored_state(model))
-
-
 class WeightLoad:
-    """A weight set on its way into a model, part by part.
+    """A weight set on its way into a live model: copied in place, part by part.
+
+    Attributes:
+        has_begun: something was copied.
+        is_complete: everything was, and its digests are known.
 
     Raises:
-        ValueError: the manifest does not describe this model; see ``copy_weights``.
+        ValueError: the manifest does not describe this model (names, order, dtypes, shapes, ties).
     """
 
     def __init__(self, model: torch.nn.Module, manifest: WeightManifest) -> None:
+        self.has_begun = False
+        self.is_complete = False
         self._stored = stored_state(model)
         _check_manifest(manifest_of(self._stored), manifest)
         self._manifest = manifest
         self._specs = {spec.name: spec for spec in manifest.tensors}
         self._num_received = dict.fromkeys(self._specs, 0)  # elements, by name
-        self.has_begun = False  # something was copied
+
+    def copy(self, tensors: Tensors | Iterable[Part]) -> dict[str, int]:
+        """Take the whole set, all at once or in parts as they come.
+
+        Of a group of tied names one tensor is enough. Numpy arrays are views of somebody's memory
+        (such as an object store) and are read where they lie; one in a dtype that numpy lacks,
+        such as bfloat16, comes as integers of the same size.
+
+        Returns:
+            ``tensor_digests`` of the stored state, computed after copying.
+
+        Raises:
+            ValueError: the tensors do not fit the manifest; nothing is copied then.
+            TornWeights: a part did not fit or did not come after others had been copied.
+        """
+        parts = self.parts_of(tensors) if isinstance(tensors, Mapping) else tensors
+        try:
+            for part in parts:
+                self.put(part)
+            self._check_complete()
+        except Exception as error:
+            if not self.has_begun:
+                raise
+            raise TornWeights(f"the weights are half old, half new: {error}") from error
+        digests = tensor_digests(self._stored)
+        self.is_complete = True
+        return digests
 
     def parts_of(self, tensors: Tensors) -> list[Part]:
         """Whole tensors as parts, one of each group of tied names.
@@ -90,12 +91,7 @@ class WeightLoad:
         Raises:
             ValueError: they do not fit the manifest.
         """
-        received = {
-            name: as_tensor(value, self._specs.get(name))
-            if isinstance(value, np.ndarray)
-            else value
-            for name, value in tensors.items()
-        }
+        received = {name: as_tensor(tensors[name], self._specs.get(name)) for name in tensors}
         _check_tensors(self._manifest, received)
         for group in self._manifest.tied:
             for name in [name for name in group if name in received][1:]:
@@ -128,12 +124,7 @@ class WeightLoad:
                 stored.put_(index, part.values.to(stored.device))
         self._num_received[part.name] = stop
 
-    def check_complete(self) -> None:
-        """Everything has arrived.
-
-        Raises:
-            ValueError: names what is missing.
-        """
+    def _check_complete(self) -> None:
         complete = {
             name
             for name, spec in self._specs.items()

@@ -189,6 +189,22 @@ def test_a_load_that_stops_half_way_leaves_an_engine_that_refuses_work_until_a_w
     assert_serves(engine, other, node)
 
 
+def test_a_load_that_is_interrupted_by_hand_leaves_an_engine_that_refuses_work():
+    engine, other = make_engine(), tiny_model("qwen3", seed=1)
+    manifest, tensors = weight_set(other)
+
+    def interrupted(parts):
+        yield from parts[:30]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.load_weights(1, manifest, interrupted(list(parts_of(tensors))))
+    with pytest.raises(ValueError, match="refuses work"):
+        engine.score_path(PROMPT)
+    engine.load_weights(1, manifest, tensors)
+    assert_serves(engine, other, engine.prefill(PROMPT))
+
+
 def test_a_line_that_breaks_before_the_first_part_leaves_the_old_weights_in_force():
     engine = make_engine()
     manifest, _ = weight_set(tiny_model("qwen3", seed=1))

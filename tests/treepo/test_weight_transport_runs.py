@@ -71,6 +71,24 @@ def pid_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda worker: os.getpid()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_reads_the_object_store_s_own_memory(cluster, dtype):
+    def not_read_in_place(worker, arrays):
+        lines = [line.split() for line in open("/proc/self/maps") if "plasma" in line]
+        regions = [[int(edge, 16) for edge in line[0].split("-")] for line in lines]
+        starts = {name: a.__array_interface__["data"][0] for name, a in arrays.items()}
+        return [
+            name
+            for name, start in starts.items()
+            if arrays[name].flags.writeable or not any(low <= start < high for low, high in regions)
+        ]
+
+    learner, worker = cluster.learners[0], cluster.rollout[0]
+    _, _, arrays = learner.publication.options(num_returns=3).remote(dtype)
+    assert len(ray.get(arrays)) > 10
+    assert ray.get(worker.__ray_call__.remote(not_read_in_place, arrays)) == []
+
+
 def test_publications_pass_and_a_failed_one_leaves_engines_that_refuse_work_until_the_next(cluster):
     for version in (1, 2):
         metrics = publish_weights(cluster, version, "float32", GOLDEN)

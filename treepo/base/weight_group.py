@@ -158,8 +158,10 @@ class WeightGroup:
                 self._fail(f"a bucket did not arrive within {self.timeout_seconds:g} s")
             work.wait()
         except WeightGroupError:
+            self._abort()
             raise
         except RuntimeError as error:  # what communicators raise when a peer is gone
+            self._abort()
             self._fail(f"the connection broke ({_short(error)})")
 
     def confirm_received(self) -> None:
@@ -173,6 +175,13 @@ class WeightGroup:
             return
         receivers = range(1, len(self.members))
         self._words(f"{self._offer}/received", receivers, "confirm that the weights arrived")
+
+    def _abort(self) -> None:
+        """End what is under way, or NCCL's watchdog would end the process. Gloo does nothing here:
+        its threads give up at their own limit.
+        """
+        if self.device.type == "cuda":
+            self._communicator.abort()
 
     def fail(self, reason: str) -> None:
         """Tell every member that this one cannot go on, so that none waits for it."""
