@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+from shapes import qwen3_7m
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RATIOS = {
     "attention": {"per_node_vs_gathered", "median"},
     "rollout_vs_transformers": {"vs_generate", "vs_generate_batch", "worst_vs_best_peer"},
     "tree_vs_flat": {"trajectories_per_s", "tokens_per_s", "query_tokens", "kv_over_unique"},
+    "weight_sync": {"vs_tensors", "private_bytes_over_weights"},
     "host_overhead": {"host_share", "host_and_sampling_share"},
 }
 
@@ -65,3 +67,12 @@ def test_the_measurement_of_host_work_runs_and_its_shares_are_shares(tmp_path):
     report = quick_run("host_overhead", tmp_path)
     for running, share in report["ratios"]["host_share"].items():
         assert 0 < share < report["ratios"]["host_and_sampling_share"][running] < 1
+
+
+@pytest.mark.long
+def test_the_comparison_of_roads_for_weights_runs_and_shared_memory_takes_no_private_copy(tmp_path):
+    report = quick_run("weight_sync", tmp_path)
+    counts = report["counts"]
+    assert counts["buckets"] == 1 and counts["transfers"] == 3 * (3 + 1)
+    assert counts["weight_bytes"] == 2 * sum(p.numel() for p in qwen3_7m().parameters())
+    assert report["ratios"]["private_bytes_over_weights"]["object_store"] < 0.5
