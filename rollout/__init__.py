@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rollout.drafts import DraftTree as DraftTree
     from rollout.engine import Engine as Engine
     from rollout.extend import ExtendSpec as ExtendSpec
     from rollout.metrics import CostLedger as CostLedger
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rollout.tree import Tree as Tree
 
 _PUBLIC = {
+    "DraftTree": "rollout.drafts",
     "Engine": "rollout.engine",
     "ExtendSpec": "rollout.extend",
     "CostLedger": "rollout.metrics",

@@ -5,7 +5,15 @@ import importlib
 import pytest
 
 NAMES = {
-    "rollout": ["Engine", "EngineSettings", "ExtendSpec", "Tree", "Segment", "generate"],
+    "rollout": [
+        "DraftTree",
+        "Engine",
+        "EngineSettings",
+        "ExtendSpec",
+        "Tree",
+        "Segment",
+        "generate",
+    ],
     "rollout.strategies": ["Flat", "TreePO", "FlatSettings", "TreePOSettings", "STRATEGIES"],
     "trainers": ["PackedBatch", "TokenTree", "Learner", "LearnerSettings", "pack"],
     "trainers.losses": ["POLICY_LOSSES", "ppo_clip", "reinforce", "nll"],
