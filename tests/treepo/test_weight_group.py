@@ -5,13 +5,29 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
-from weight_members import BUCKET_BYTES, CPU, HOST, NUM_BUCKETS, names, receive_or_die, run_members
+from weight_members import (
+    BUCKET_BYTES,
+    CPU,
+    HOST,
+    NUM_BUCKETS,
+    names,
+    receive_or_die,
+    run_members,
+    send_and_die,
+)
 
-from treepo.base.weight_group import WeightGroup, WeightGroupError, open_store, reach_store
+from treepo.base.weight_group import (
+    WeightGroup,
+    WeightGroupError,
+    _each_has_a_gpu,
+    open_store,
+    reach_store,
+)
 
 LIMIT = 1.5  # seconds: the time limit of groups in which somebody fails
 
@@ -161,3 +177,37 @@ def test_a_receiver_killed_or_stopped_during_the_broadcast_is_named_to_all_withi
         for process in processes:
             process.kill()
             process.join()
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sender_killed_or_frozen_during_the_broadcast_is_named_to_every_receiver(fate):
+    context = multiprocessing.get_context("spawn")
+    ports = context.Queue()
+    sender = context.Process(target=send_and_die, args=(fate, LIMIT, ports))
+
+    def play(rank):
+        store = reach_store(HOST, port, 20.0)
+        group = WeightGroup(store, rank, names(2), device=CPU, timeout_seconds=LIMIT)
+        group.next_offer()
+        group.accept()
+        began = time.monotonic()
+        with pytest.raises(WeightGroupError, match="no answer from learner"):
+            for _ in range(NUM_BUCKETS):
+                group.broadcast(torch.zeros(BUCKET_BYTES, dtype=torch.uint8))
+        return time.monotonic() - began
+
+    sender.start()
+    try:
+        port = ports.get(timeout=60)
+        with ThreadPoolExecutor(2) as threads:
+            assert max(threads.map(play, (1, 2))) < LIMIT + 5
+    finally:
+        sender.kill()
+        sender.join()
+
+
+def test_nccl_is_for_members_with_a_gpu_each():
+    assert _each_has_a_gpu(["cuda 1f", "cuda 2e", "cuda 3d"])
+    assert not _each_has_a_gpu(["cuda 1f", "cuda 2e", "cuda 1f"])  # learner and engine take turns
+    assert not _each_has_a_gpu(["cuda 1f", "cpu"])
+    assert not _each_has_a_gpu(["cpu"])

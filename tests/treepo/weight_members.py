@@ -74,3 +74,18 @@ def receive_or_die(
         answers.put((rank, "done", time.monotonic() - began))
     except WeightGroupError as error:
         answers.put((rank, str(error), time.monotonic() - began))
+
+
+def send_and_die(fate: int, limit: float, ports: Any) -> None:
+    """The sender to two receivers, in a process of its own, that gives itself the signal ``fate``
+    after the third bucket. Puts its store's port into ``ports``.
+    """
+    torch.set_num_threads(1)
+    store = open_store(HOST, 30.0)
+    ports.put(store.port)
+    group = WeightGroup(store, 0, names(2), device=CPU, timeout_seconds=limit)
+    group.offer("bytes")
+    for number in range(NUM_BUCKETS):
+        if number == 3:
+            os.kill(os.getpid(), fate)
+        group.broadcast(torch.zeros(BUCKET_BYTES, dtype=torch.uint8))

@@ -16,21 +16,18 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from treepo.base.errors import RunFailed
+from treepo.base.word_store import WeightGroupError, WordStore
 
 SENDER = 0  # its rank in the group
 _LONGEST_NAP = 0.02  # seconds between two looks at the store
 _ROLL_CALL_SECONDS = 3.0  # after a failure: who does not answer in this time is called missing
-
-
-class WeightGroupError(RunFailed):
-    """A transfer of weights failed or was refused; the message names who is missing or refused."""
 
 
 def open_store(host: str, timeout_seconds: float) -> dist.TCPStore:
@@ -78,9 +75,9 @@ class WeightGroup:
         self.rank = rank
         self.members = tuple(members)
         self.timeout_seconds = timeout_seconds
-        self._store = store
+        self._store = WordStore(store, self.members[SENDER], timeout_seconds)
         self._num_offers = 0
-        self._set(f"device/{rank}", _device_name(device))
+        self._store.set(f"device/{rank}", _device_name(device))
         everyone = range(len(members))
         names = self._words("device", everyone, "come to the weight group")
         use_nccl = _each_has_a_gpu(names) and dist.is_nccl_available()
@@ -93,10 +90,6 @@ class WeightGroup:
         except RuntimeError as error:
             self._fail(f"its communicator could not be made: {error}")
 
-    @property
-    def num_receivers(self) -> int:
-        return len(self.members) - 1
-
     # Words: what is about to be sent, and who agrees.
 
     def offer(self, description: str) -> None:
@@ -107,7 +100,7 @@ class WeightGroup:
                 receiver that waits is told so.
         """
         key = self._next_offer()
-        self._set(f"{key}/description", description)
+        self._store.set(f"{key}/description", description)
         receivers = range(1, len(self.members))
         answers = self._words(f"{key}/answer", receivers, "answer to the offer of weights")
         refusals = [
@@ -116,7 +109,7 @@ class WeightGroup:
             if answer
         ]
         decision = "; ".join(refusals)
-        self._set(f"{key}/decision", decision)
+        self._store.set(f"{key}/decision", decision)
         if decision:
             raise WeightGroupError(decision)
 
@@ -128,7 +121,7 @@ class WeightGroup:
 
     def refuse(self, reason: str) -> None:
         """Receiver: nothing of this offer will be taken."""
-        self._set(f"{self._offer}/answer/{self.rank}", reason or "no reason given")
+        self._store.set(f"{self._offer}/answer/{self.rank}", reason or "no reason given")
 
     def accept(self) -> None:
         """Receiver: bytes may follow; waits for the sender's word that they do.
@@ -136,7 +129,7 @@ class WeightGroup:
         Raises:
             WeightGroupError: another receiver refused or is missing.
         """
-        self._set(f"{self._offer}/answer/{self.rank}", "")
+        self._store.set(f"{self._offer}/answer/{self.rank}", "")
         # The sender waits for the others' answers meanwhile: it reaches its limit first.
         sender, limit = self.members[SENDER], 2 * self.timeout_seconds
         if decision := self._word(f"{self._offer}/decision", f"{sender} did not decide", limit):
@@ -171,7 +164,7 @@ class WeightGroup:
             WeightGroupError: names who did not confirm.
         """
         if self.rank != SENDER:
-            self._set(f"{self._offer}/received/{self.rank}", "")
+            self._store.set(f"{self._offer}/received/{self.rank}", "")
             return
         receivers = range(1, len(self.members))
         self._words(f"{self._offer}/received", receivers, "confirm that the weights arrived")
@@ -185,11 +178,9 @@ class WeightGroup:
 
     def fail(self, reason: str) -> None:
         """Tell every member that this one cannot go on, so that none waits for it."""
-        try:
-            self._store.compare_set("failed", "", f"{self.members[self.rank]}: {reason}")
-            self._store.set(f"alive/{self.rank}", "=")
-        except dist.DistError as error:
-            raise self._store_is_gone() from error
+        with suppress(WeightGroupError):  # without a store nobody can be told
+            self._store.set_first("failed", f"{self.members[self.rank]}: {reason}")
+            self._store.set(f"alive/{self.rank}", "")
 
     # Waiting.
 
@@ -201,26 +192,17 @@ class WeightGroup:
         self._num_offers += 1
         return self._offer
 
-    def _set(self, key: str, value: str) -> None:
-        try:
-            self._store.set(key, f"={value}")  # the store takes no empty values
-        except dist.DistError as error:
-            raise self._store_is_gone() from error
-
-    def _read(self, key: str) -> str:
-        return self._store.get(key).decode().removeprefix("=")
-
     def _word(self, key: str, failure: str, limit: float) -> str:
-        if not self._wait_until(lambda: self._store.check([key]), limit):
+        if not self._wait_until(lambda: self._store.has(key), limit):
             self._fail(f"{failure} within {limit:g} s")
-        return self._read(key)
+        return self._store.get(key)
 
     def _words(self, key: str, ranks: Sequence[int], task: str) -> list[str]:
         """The words of ``ranks`` under ``key``; an error names those that have none."""
         missing = list(ranks)
 
         def all_there() -> bool:
-            missing[:] = [rank for rank in missing if not self._store.check([f"{key}/{rank}"])]
+            missing[:] = [rank for rank in missing if not self._store.has(f"{key}/{rank}")]
             return not missing
 
         if not self._wait_until(all_there, self.timeout_seconds):
@@ -228,7 +210,7 @@ class WeightGroup:
             reason = f"{names} did not {task} within {self.timeout_seconds:g} s"
             self.fail(reason)
             raise WeightGroupError(reason)
-        return [self._read(f"{key}/{rank}") for rank in ranks]
+        return [self._store.get(f"{key}/{rank}") for rank in ranks]
 
     def _wait_until(self, is_done: Callable[[], bool], seconds: float) -> bool:
         """False if it is not done in time.
@@ -237,16 +219,13 @@ class WeightGroup:
             WeightGroupError: another member reported a failure, or the store is gone.
         """
         deadline, nap = time.monotonic() + seconds, 0.0
-        try:
-            while not is_done():
-                if self._store.check(["failed"]):
-                    raise self._failure()
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(nap)
-                nap = min(_LONGEST_NAP, nap + 0.0005)
-        except dist.DistError as error:
-            raise self._store_is_gone() from error
+        while not is_done():
+            if self._store.has("failed"):
+                raise self._failure()
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(nap)
+            nap = min(_LONGEST_NAP, nap + 0.0005)
         return True
 
     def _fail(self, reason: str) -> NoReturn:
@@ -256,25 +235,16 @@ class WeightGroup:
 
     def _failure(self) -> WeightGroupError:
         """The failure that was reported first, with the names of members that show no life."""
-        self._set(f"alive/{self.rank}", "")
+        self._store.set(f"alive/{self.rank}", "")
         missing = list(range(len(self.members)))
         deadline = time.monotonic() + min(_ROLL_CALL_SECONDS, self.timeout_seconds)
-        try:
-            while missing and time.monotonic() < deadline:
-                missing = [rank for rank in missing if not self._store.check([f"alive/{rank}"])]
-                time.sleep(_LONGEST_NAP)
-            reported = f"the transfer of weights failed: {self._read('failed')}"
-        except dist.DistError as error:
-            raise self._store_is_gone() from error
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not self._store.has(f"alive/{rank}")]
+            time.sleep(_LONGEST_NAP)
+        reported = f"the transfer of weights failed: {self._store.get('failed')}"
         if missing:
             reported += f"; no answer from {', '.join(self.members[rank] for rank in missing)}"
         return WeightGroupError(reported)
-
-    def _store_is_gone(self) -> WeightGroupError:
-        return WeightGroupError(
-            f"the transfer of weights failed: {self.members[SENDER]}, which keeps the group's "
-            "store, is gone"
-        )
 
 
 def _short(error: RuntimeError) -> str:
@@ -312,9 +282,8 @@ def _nccl(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> Any
 
 def _own_address(store: dist.TCPStore) -> str:
     """This machine's address on the way to the store (nothing is sent)."""
-    family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[
-        0
-    ]
+    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)
+    family, kind, _, _, target = found[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)
         return probe.getsockname()[0]
