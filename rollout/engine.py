@@ -48,6 +48,7 @@ class Engine:
     Args:
         model: a model folder, or a loaded model (it is switched to tree attention).
         tokenizer: a folder, Hub name or loaded tokenizer, for stop strings; None: the model's.
+        load_probe: try the model first. Only the probe itself makes an engine without.
 
     Raises:
         ValueError: no such folder, or the model does not pass the load probe.
@@ -59,6 +60,7 @@ class Engine:
         settings: EngineSettings,
         *,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        load_probe: bool = True,
     ) -> None:
         self.settings = settings
         if isinstance(model, PreTrainedModel):
@@ -77,10 +79,11 @@ class Engine:
         self._drafts: set[Draft] = set()
         self._is_asleep = False
         self._is_torn = False  # half a weight set was copied
-        from rollout.probe import probe  # the probe drives an engine
+        if load_probe:
+            from rollout.probe import probe  # the probe drives an engine
 
-        probe(self)
-        self._meter.reset()
+            probe(self)
+            self._meter.reset()
 
     @property
     def tree(self):
@@ -440,5 +443,5 @@ class Engine:
         if limit is not None and total > limit:
             raise ValueError(
                 f"a path of {length} tokens plus max_tokens={max_tokens} exceeds the {limit} "
-                "positions this model can serve from a cache"
+                f"positions this model can serve from a cache: {self.runner.max_position_reason}"
             )

@@ -89,6 +89,14 @@ def use_fp32_head(model: PreTrainedModel) -> None:
         head.__class__ = Fp32Head
 
 
+def use_float64_experts(model: PreTrainedModel) -> None:
+    """Let the experts of a float64 model be computed one after the other: torch's grouped product
+    takes no float64.
+    """
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
 def pack_linear_layers(model: torch.nn.Module) -> None:
     """Let the linear layers of a CPU model use packed weights, where this CPU has them."""
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
@@ -171,6 +179,6 @@ def _narrow(
     weight = weight[:_MOST_COLUMNS]
     if not isinstance(layer, PackedLinear | Fp32Head):
         return lambda rows: F.linear(rows, weight), weight.shape[1]
-    small = type(layer)(1, 1, bias=False)
+    small = type(layer)(1, 1, bias=False, device="meta")  # draws nothing
     small.weight = torch.nn.Parameter(weight, requires_grad=False)
     return small, weight.shape[1]

@@ -17,6 +17,7 @@ from rollout.linear import (
     pack_linear_layers,
     row_rule,
     undo_linear_changes,
+    use_float64_experts,
     use_fp32_head,
 )
 from rollout.settings import EngineSettings
@@ -64,6 +65,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, pool: KVPool, settings: EngineSettings) -> None:
         undo_linear_changes(model)  # another engine's
+        use_float64_experts(model)
         if settings.fp32_lm_head:
             use_fp32_head(model)
         if settings.pack_weights:
@@ -73,7 +75,7 @@ class ModelRunner:
         self.pool = pool
         self.device = pool.device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.max_position = _max_position(model)
+        self.max_position, self.max_position_reason = _max_position(model)
 
     @torch.inference_mode()
     def forward(
@@ -130,33 +132,37 @@ class ModelRunner:
 
     def _check(self, context: AttentionContext) -> None:
         if not context.calls:
-            raise ValueError(
-                f"model {type(self.model).__name__} cannot be served by the tree engine: it does "
-                "not take its attention through transformers' attention interface"
+            raise NotImplementedError(
+                "it does not take its attention through transformers' attention interface"
             )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device)
 
 
-def _max_position(model: PreTrainedModel) -> int | None:
-    """Longest path the model can serve: its position table, or the length up to which a rotary
-    embedding keeps one set of frequencies.
+def _max_position(model: PreTrainedModel) -> tuple[int | None, str]:
+    """Longest path the model can serve and why no longer one: its position table, or the length up
+    to which a rotary embedding keeps one set of frequencies.
 
     Dynamic and longrope embeddings choose their frequencies by the longest position in the batch,
     so keys stored before the threshold would not fit queries after it.
     """
     config = model.config.get_text_config()
     limits = [
-        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        (
+            int(kind.get("original_max_position_embeddings") or config.max_position_embeddings),
+            f"its {kind['rope_type']} rotary embedding changes all frequencies beyond them, so "
+            "that no stored key would fit",
+        )
         for kind in _moving_ropes(model)
     ]
     if not getattr(config, "rope_parameters", None):
         learned = getattr(config, "n_positions", None) or getattr(
             config, "max_position_embeddings", None
         )
-        limits += [learned] if learned else []
-    return min(limits) if limits else None
+        if isinstance(learned, int) and learned > 0:
+            limits.append((learned, "its table of positions is as long"))
+    return min(limits, default=(None, ""))
 
 
 def _moving_ropes(model: PreTrainedModel) -> list[dict]:

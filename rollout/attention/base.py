@@ -134,14 +134,12 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in each attention layer."""
     if tree is None:
-        raise ValueError(
-            f"this model cannot be served by the tree engine: {type(module).__name__} gets no "
-            "keyword arguments of the model's forward"
+        raise NotImplementedError(
+            f"{type(module).__name__} gets no keyword arguments of the model's forward"
         )
     layer = getattr(module, "layer_idx", None)
     if query.shape[0] != 1 or not isinstance(layer, int):
-        raise ValueError(
-            "this model cannot be served by the tree engine: "
+        raise NotImplementedError(
             f"{type(module).__name__} calls attention in an unknown form (batch {query.shape[0]}, "
             f"layer_idx {layer})"
         )
