@@ -113,7 +113,6 @@ _CUT = {
         "gemma": tf.GemmaConfig,
         "glm4_moe": tf.Glm4MoeConfig,
         "gpt_bigcode": tf.GPTBigCodeConfig,
-        "gptj": tf.GPTJConfig,
         "minimax_m2": tf.MiniMaxM2Config,
         "olmo3": tf.Olmo3Config,
         "olmoe": tf.OlmoeConfig,
