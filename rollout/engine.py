@@ -84,6 +84,8 @@ class Engine:
 
             probe(self)
             self._meter.reset()
+            # requests count from 0
+            self._decoder = Decoder(self.store, self._forward, settings, self._stops)
 
     @property
     def tree(self):

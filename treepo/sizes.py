@@ -39,7 +39,7 @@ def _memory(config: TrainConfig) -> dict[str, str]:
         "parameters": f"{parameters:,}",
         "learner memory": f"{_gib(parameters * 16)} (weights, gradients, two Adam moments in fp32) "
         f"over {config.cluster.num_learner_ranks} ranks, ZeRO {config.trainer.learner.zero_stage}",
-        "engine weights": f"{_gib(parameters * width)} a worker",
+        "engine weights": _engine_weights(config, parameters * width),
     }
     heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
     layers, hidden = model.get("num_hidden_layers"), model.get("hidden_size")
@@ -48,6 +48,12 @@ def _memory(config: TrainConfig) -> dict[str, str]:
         kv = 2 * layers * heads * head_dim * width * config.engine.num_kv_slots
         sizes["KV pool"] = f"{_gib(kv)} a worker for {config.engine.num_kv_slots} tokens"
     return sizes
+
+
+def _engine_weights(config: TrainConfig, size: float) -> str:
+    engine = config.engine
+    packs = engine.pack_weights and engine.device == "cpu" and engine.dtype != "float64"
+    return f"{_gib(size)} a worker" + (", and as much packed for few rows" if packs else "")
 
 
 def _num_parameters(file: Path) -> int:

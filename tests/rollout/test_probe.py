@@ -158,6 +158,7 @@ def test_the_probe_leaves_no_trace(monkeypatch):
     assert engine.pool.num_held == 0 and engine.is_idle
     assert engine.metrics().query_tokens == 0 and engine.metrics().generated_tokens == 0
     assert model.config._attn_implementation == "tree"
+    assert engine.submit(engine.prefill(PROMPT), ExtendSpec(max_tokens=0), 1) == 0
     assert all(torch.equal(value, digests[name]) for name, value in model.state_dict().items())
     engine.check_integrity()
 
