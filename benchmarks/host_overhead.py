@@ -31,13 +31,9 @@ PROMPT = 64
 # part of a step -> where its time is spent: (owner, attribute)
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward": [(ModelRunner, "forward")],
-    "sampling": [(decoder, "sample")],
+    "sampling": [(RunningTable, "draw")],
     "plan": [(NodePlan, "advance"), (NodePlan, "keep"), (decoder, "gather")],
-    "table": [
-        (RunningTable, "sampling"),
-        (RunningTable, "record"),
-        (RunningTable, "last_tokens"),
-    ],
+    "table": [(RunningTable, "record"), (RunningTable, "last_tokens")],
 }
 
 

@@ -22,9 +22,9 @@ import torch
 
 from rollout.attention.base import LayerVariant
 from rollout.attention.merge import MergeTable, merge_partials
-from rollout.attention.spans import Span
+from rollout.attention.spans import Span, is_run
 
-_VIEW_BYTES = 1 << 20  # a span of more bytes is worth a call of its own if that saves its copy
+_VIEW_BYTES = 1 << 18  # a span of more bytes is worth a call of its own if that saves its copy
 _MAX_MASK = 1 << 23  # elements of one call's mask
 
 
@@ -73,6 +73,8 @@ class SpanBatch:
             chosen = query[self.row_start : self.row_start + self.size * self.num_rows]
         else:
             chosen = query.index_select(0, self.rows)
+        if self.num_rows == 1:
+            return chosen
         kv_heads, groups, width = query.shape[1:]
         chosen = chosen.view(self.size, self.num_rows, kv_heads, groups, width).transpose(1, 2)
         return chosen.reshape(self.size, kv_heads, self.num_rows * groups, width)
@@ -120,10 +122,12 @@ class SpanBatch:
             out, lse = fused_product(*args, variant.scaling)
         else:
             out, lse = plain_product(*args, variant.scaling, variant.softcap)
-        shape = (self.size, kv_heads, self.num_rows, groups)
         count, heads = self.size * self.num_rows, kv_heads * groups
-        out = out.reshape(*shape, -1).transpose(1, 2).reshape(count, heads, -1)
-        lse = lse.reshape(shape).transpose(1, 2).reshape(count, heads)
+        if self.num_rows > 1:
+            shape = (self.size, kv_heads, self.num_rows, groups)
+            out = out.reshape(*shape, -1).transpose(1, 2)
+            lse = lse.reshape(shape).transpose(1, 2)
+        out, lse = out.reshape(count, heads, -1), lse.reshape(count, heads)
         if self.dead is not None:
             lse = lse.masked_fill(self.dead.view(-1, 1), float("-inf"))
         return out, lse
@@ -327,7 +331,7 @@ class NodePlan:
             # Few rows cost about as much as one: coarse buckets make fewer calls.
             rows = _round_up(span.num_rows if span.causal else max(8, span.num_rows))
             length = _round_up(max(16, span.length))
-            alone = span.length >= self.view_length and _is_run(span.slots)
+            alone = span.length >= self.view_length and is_run(span.slots)
             masked = span.causal and span.num_rows > 1
             buckets.setdefault((rows, length, masked, i if alone else -1), []).append(span)
         made = []
@@ -381,7 +385,7 @@ class NodePlan:
         in_order = np.array_equal(flat, np.arange(flat[0], flat[0] + len(flat)))
         view = self._evenly_spaced(
             np.array([span.slots[0] for span in spans]),
-            np.array([_is_run(span.slots) for span in spans]),
+            np.array([is_run(span.slots) for span in spans]),
             length,
         )
         batch = SpanBatch(
@@ -461,8 +465,3 @@ def _slot_table(spans: Sequence[Span], trash_slot: int) -> np.ndarray:
 
 def _round_up(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-def _is_run(slots: np.ndarray) -> bool:
-    """Whether slots are consecutive."""
-    return int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all())

@@ -42,8 +42,23 @@ class MergeTable:
             for level in np.maximum(table, 0)
         ]
 
-    def level(self, partials: torch.Tensor, level: int) -> torch.Tensor:
-        """[N, ...]: partial number ``level`` of each row (anything where it has none)."""
+    @property
+    def num_levels(self) -> int:
+        """Most partial results of one row."""
+        return len(self.run_starts)
+
+    def levels(self, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """[N, ...] each: partial number 0, 1, ... of each row (anything where it has none), from
+        ``pieces`` of the partials.
+        """
+        starts = [i * self.num_rows for i in range(self.num_levels)]
+        if len(pieces) == self.num_levels and self.run_starts == starts:
+            if all(len(piece) == self.num_rows for piece in pieces):
+                return list(pieces)
+        partials = torch.cat(tuple(pieces)) if len(pieces) > 1 else pieces[0]
+        return [self._level(partials, i) for i in range(self.num_levels)]
+
+    def _level(self, partials: torch.Tensor, level: int) -> torch.Tensor:
         start = self.run_starts[level]
         if start is not None:
             return partials[start : start + self.num_rows]
@@ -66,20 +81,31 @@ def merge_partials(
     Returns:
         [N, H, D] in the outputs' dtype.
     """
-    output = torch.cat(tuple(outputs)) if len(outputs) > 1 else outputs[0]
-    levels = table.table.shape[0]
-    if levels == 1 and sinks is None:
-        return table.level(output, 0)
-    lse = torch.cat(tuple(lses)) if len(lses) > 1 else lses[0]
-    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    logits = torch.stack([table.level(lse, i) for i in range(levels)]).to(wide)  # [P, N, H]
+    parts = table.levels(outputs)
+    dtype = parts[0].dtype
+    if len(parts) == 1 and sinks is None:
+        return parts[0]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = [lse.to(wide) for lse in table.levels(lses)]
     if table.absent is not None:
-        logits = logits.masked_fill(table.absent, float("-inf"))
+        logits = [
+            lse.masked_fill(gone, float("-inf"))
+            for lse, gone in zip(logits, table.absent, strict=True)
+        ]
+    if len(parts) == 2 and sinks is None:
+        return _merge_two(parts, logits, wide).to(dtype)
     if sinks is not None:
-        extra = sinks.to(wide).expand(1, table.num_rows, -1)
-        logits = torch.cat([logits, extra])
-    weights = torch.softmax(logits, dim=0).unsqueeze(-1)
-    merged = table.level(output, 0).to(wide) * weights[0]
-    for i in range(1, levels):
-        merged.addcmul_(table.level(output, i).to(wide), weights[i])
-    return merged.to(output.dtype)
+        logits.append(sinks.to(wide).expand(table.num_rows, -1))
+    weights = torch.softmax(torch.stack(logits), dim=0).unsqueeze(-1)
+    merged = parts[0].to(wide) * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=False):  # the sinks have no part
+        merged.addcmul_(part.to(wide), weight)
+    return merged.to(dtype)
+
+
+def _merge_two(
+    parts: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], wide: torch.dtype
+) -> torch.Tensor:
+    """The usual case, in three operations: the second's weight is sigmoid(L_b - L_a)."""
+    weight = torch.sigmoid(lses[1] - lses[0]).unsqueeze(-1)
+    return torch.lerp(parts[0].to(wide), parts[1].to(wide), weight)

@@ -16,6 +16,7 @@ from rollout.attention.base import Block
 from rollout.radix_tree import TreeNode
 
 MAX_CAUSAL_ROWS = 512  # longer blocks are cut, so that their masks stay small
+_MIN_VIEW = 256  # keys that are worth a span of their own where that lets them be read in place
 
 
 @dataclass(slots=True, eq=False)
@@ -75,17 +76,36 @@ def lay_out(blocks: Sequence[Block]) -> tuple[list[Block], list[Span]]:
         if not children:
             continue
         assert len(node.slots) == len(node.token_ids), "an ancestor without slots"
-        pieces = [*above, node.slots]
-        if block is None and len(children) == 1:
+        pieces = [*above, node.slots] if len(node.slots) else above  # the root has none
+        if block is None and len(children) == 1 and not _is_cut(pieces, children[0]):
             stack.append((children[0], pieces, start))
             continue
-        slots = np.concatenate(pieces)
-        if len(slots):
+        if pieces:
+            slots = np.concatenate(pieces)
             span = Span(slots, len(slots), start, row, 0, causal=False)
             spans.append(span)
             stack.append(span)
-        stack.extend((child, [], child.start) for child in reversed(children))
+        # In the order of their slots: keys that lie side by side belong to rows side by side.
+        children.sort(key=_first_slot, reverse=True)
+        stack.extend((child, [], child.start) for child in children)
     return ordered, spans
+
+
+def _is_cut(above: Sequence[np.ndarray], below: TreeNode) -> bool:
+    """Whether a chain is cut between two nodes: both sides can then be read in place."""
+    if len(above) != 1 or len(above[0]) < _MIN_VIEW or not len(below.slots):
+        return False
+    slots = above[0]
+    return int(slots[-1]) + 1 != int(below.slots[0]) and is_run(slots)
+
+
+def _first_slot(node: TreeNode) -> int:
+    return int(node.slots[0]) if len(node.slots) else -1
+
+
+def is_run(slots: np.ndarray) -> bool:
+    """Whether slots are consecutive."""
+    return int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all())
 
 
 def _active_nodes(
