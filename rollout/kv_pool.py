@@ -1,9 +1,9 @@
 """The store of keys and values: one slot a token, handed out as extents.
 
-Token-major: layer ``i`` has ``keys [slots, Hkv, Dk]`` and ``values [slots, Hkv, Dv]``, sized from
-the first keys and values seen (multi-head latent attention has Dv != Dk). The page size is one
-slot, so a path may be forked or cut anywhere without copying. Slots are handed out in runs that
-are as contiguous as the free space allows, so that most of what a node holds is a plain view.
+Layer ``i`` has ``keys [slots, Hkv, Dk]`` and ``values [slots, Hkv, Dv]``, sized from the first keys
+and values seen (multi-head latent attention has Dv != Dk). The page size is one slot, so a path may
+be forked or cut anywhere without copying. Slots are handed out in runs that are as contiguous as
+the free space allows, so that most of what a node holds is a plain view.
 
 One slot past the end takes the writes of padding and of recomputed tokens; nobody reads it.
 """
@@ -87,12 +87,21 @@ class KVPool:
             the layer's (keys, values) tensors, trash slot included.
         """
         if layer not in self.keys:
-            self.keys[layer] = key.new_zeros(self.num_slots + 1, *key.shape[1:])
-            self.values[layer] = value.new_zeros(self.num_slots + 1, *value.shape[1:])
+            self.keys[layer] = self._store(key)
+            self.values[layer] = self._store(value)
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(0, slots, key)
         values.index_copy_(0, slots, value)
         return keys, values
+
+    def _store(self, like: torch.Tensor) -> torch.Tensor:
+        """Zeros [slots + 1, Hkv, D]. On a CPU a head's rows lie side by side in memory: with few
+        queries the fused product is bound by reading keys, which it does head by head.
+        """
+        _, heads, width = like.shape
+        if like.device.type == "cpu":
+            return like.new_zeros(heads, self.num_slots + 1, width).transpose(0, 1)
+        return like.new_zeros(self.num_slots + 1, heads, width)
 
     def release_memory(self) -> None:
         """Drop the tensors (they come back, empty, at the next write)."""

@@ -91,6 +91,10 @@ class SpanBatch:
         else:
             if self._gather is None:
                 self._gather = self.slots[:, : self.length].reshape(-1)
+            by_head = pool.transpose(0, 1)
+            if by_head.is_contiguous():  # as pools on a CPU are
+                picked = by_head.index_select(1, self._gather)
+                return picked.view(-1, self.size, self.length, pool.shape[2]).transpose(0, 1)
             picked = pool.index_select(0, self._gather)
             picked = picked.view(self.size, self.length, *pool.shape[1:])
         return picked.transpose(1, 2)

@@ -15,7 +15,7 @@ import numpy as np
 from rollout.attention.base import Block
 from rollout.radix_tree import TreeNode
 
-MAX_CAUSAL_ROWS = 512  # longer blocks are cut, so that their masks stay small
+MAX_CAUSAL_ROWS = 128  # longer blocks are cut: their masks stay small, and less is masked
 _MIN_VIEW = 256  # keys that are worth a span of their own where that lets them be read in place
 
 

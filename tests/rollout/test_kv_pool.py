@@ -149,3 +149,15 @@ def test_dropping_a_path_stops_at_what_others_need():
     assert not a.is_alive and not upper.is_alive and prompt.is_alive
     assert tree.pool.num_held == 3
     tree.check_integrity()
+
+
+def test_what_is_written_is_read_back_and_a_head_s_rows_lie_side_by_side_on_a_cpu():
+    pool = KVPool(10, device=torch.device("cpu"), dtype=torch.float32)
+    key, value = torch.randn(3, 2, 4), torch.randn(3, 2, 5)
+    slots = torch.tensor([7, 2, pool.trash_slot])
+    keys, values = pool.write(0, slots, key, value)
+    assert keys.shape == (11, 2, 4) and values.shape == (11, 2, 5)
+    assert torch.equal(keys[slots], key) and torch.equal(values[slots], value)
+    assert keys.stride() == (4, 44, 1) and values.stride() == (5, 55, 1)
+    assert pool.bytes_per_slot == 4 * (2 * 4 + 2 * 5)
+    assert not keys[[0, 1, 3, 4, 5, 6, 8, 9]].any()
