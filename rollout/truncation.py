@@ -58,13 +58,13 @@ def truncate(
         weights, token_ids = _candidates(weights, settings, whole, least)
     ranked, order = torch.sort(weights, dim=1, descending=True, stable=True)
     rank = torch.arange(weights.shape[1], device=weights.device)
-    ranked = torch.where(rank < top_k, ranked, 0)
+    ranked.masked_fill_(rank >= top_k, 0)
     before = ranked.cumsum(1) - ranked
     top_p, min_p = settings.top_p.unsqueeze(1), settings.min_p.unsqueeze(1)
     # A token stays while the ones before it do not reach top_p.
     keep = (top_p >= 1) | (before < top_p * whole)
     keep &= ranked >= min_p * ranked[:, :1]
-    return torch.zeros_like(weights).scatter_(1, order, torch.where(keep, ranked, 0)), token_ids
+    return torch.zeros_like(weights).scatter_(1, order, ranked.masked_fill_(~keep, 0)), token_ids
 
 
 def _whole_and_least(
@@ -87,18 +87,15 @@ def _whole_and_least(
 def _candidates(
     weights: torch.Tensor, settings: Truncation, whole: torch.Tensor, least: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Only the tokens that can be kept, so that few need sorting.
-
-    V tokens that weigh at most (1 - top_p) * whole / V each weigh (1 - top_p) * whole together at
-    most: the others reach top_p without them.
-    """
-    slack = 1 - 2.0**-40  # for the rounding of this bound itself
-    share = (1 - settings.top_p).clamp(min=0).unsqueeze(1) * whole / weights.shape[1]
+    """Only the tokens that can be kept, so that few need sorting."""
     peak = weights.amax(1, keepdim=True)
-    bound = torch.maximum(share, settings.min_p.unsqueeze(1) * peak) * slack
-    is_candidate = weights >= torch.maximum(bound.long(), least).clamp_(min=1)
+    bound = torch.maximum(least, (settings.min_p.unsqueeze(1) * peak).ceil().long()).clamp_(min=1)
+    if (settings.top_p < 1).any():
+        nucleus = _nucleus_bound(weights, settings.top_p.unsqueeze(1) * whole)
+        bound = torch.maximum(bound, nucleus)
+    is_candidate = weights >= bound
     rows, columns = is_candidate.nonzero(as_tuple=True)
-    counts = is_candidate.sum(1)
+    counts = torch.bincount(rows, minlength=len(weights))
     widest = int(counts.max())
     if 2 * widest > weights.shape[1]:
         return weights, None
@@ -108,3 +105,19 @@ def _candidates(
     chosen = torch.zeros_like(token_ids)
     chosen[rows, place] = weights[rows, columns]
     return chosen, token_ids
+
+
+def _nucleus_bound(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """int64 [N, 1]: the largest power of two such that the tokens of at least this weight have
+    ``wanted`` [N, 1] together; 1 where no tokens have.
+    """
+    exact = weights.double()
+    exponent = exact.view(torch.int64) >> 52  # 1023 for weight 1, 0 for weight 0
+    rows = torch.arange(len(weights)).unsqueeze(1) << 11
+    masses = torch.bincount(
+        (exponent + rows).flatten(), weights=exact.flatten(), minlength=len(weights) << 11
+    )
+    masses = masses.unflatten(0, (-1, 1 << 11))[:, 1023:1076]
+    at_least = masses.flip(1).cumsum(1).flip(1)
+    power = (at_least >= wanted).sum(1, keepdim=True) - 1
+    return torch.ones_like(power) << power.clamp_(min=0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_tokenizers import of_pieces
 
 from rollout.extend import ExtendSpec
 from rollout.running import Drawn, RunningTable
@@ -18,8 +19,8 @@ from treepo.base.keys import Purpose, uniform
 VOCABULARY = 17
 
 
-def new_table(num_rows):
-    return RunningTable(num_rows, StopRules(TokenText(None)))
+def new_table(num_rows, tokenizer=None):
+    return RunningTable(num_rows, StopRules(TokenText(tokenizer)))
 
 
 def random_spec(rng):
@@ -168,10 +169,15 @@ def test_broken_logits_are_an_error_when_they_are_read():
         table.record(rows, draws)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(top_p=0.9, stop_token_sequences=((1, 2),))])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(top_p=0.9, stop_token_sequences=((1, 2),)), dict(stop_strings=("abc", "zzz"))],
+)
 def test_a_step_runs_as_much_python_for_many_rows_as_for_few(changes):
+    tokenizer = of_pieces([chr(ord("A") + i) for i in range(64)])
+
     def calls(num_rows):
-        table = new_table(num_rows)
+        table = new_table(num_rows, tokenizer)
         spec = replace(ExtendSpec(max_tokens=50, stop_token_ids=(3,)), **changes)
         rows = np.array([table.add(3, spec, key, Drawn()) for key in range(num_rows)])
         logits = torch.zeros(num_rows, 64)
