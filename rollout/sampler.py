@@ -157,14 +157,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory = torch.empty(2, 0, dtype=torch.float64)
+        self._pair = self._memory[0], self._memory[1]
 
-    def pair(self, like: torch.Tensor) -> torch.Tensor:
-        """float64 [2, N, V], not initialised, for ``like`` [N, V]."""
+    def pair(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two of float64 [N, V], not initialised, for ``like`` [N, V]."""
         if like.device.type != "cpu":
-            return torch.empty(2, *like.shape, dtype=torch.float64, device=like.device)
-        if self._memory.shape[1] < like.numel():
-            self._memory = torch.empty(2, like.numel(), dtype=torch.float64)
-        return self._memory[:, : like.numel()].unflatten(1, like.shape)
+            first = torch.empty_like(like, dtype=torch.float64)
+            return first, torch.empty_like(first)
+        if self._pair[0].shape != like.shape:
+            if self._memory.shape[1] < like.numel():
+                self._memory = torch.empty(2, like.numel(), dtype=torch.float64)
+            both = self._memory[:, : like.numel()].unflatten(1, like.shape)
+            self._pair = both[0], both[1]
+        return self._pair
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,12 +257,16 @@ def _sample(
     if params.repetition is not None:
         params.repetition.note(token_ids)
     logprobs = torch.log(_at(probs, token_ids)).float()
+    # One value that is not finite makes its whole row NaN, which does not equal itself.
+    is_finite = logprobs == logprobs
+    changed_logprobs = logprobs
+    if sampled is not probs:
+        changed_logprobs = torch.log(_at(sampled, token_ids)).float()
+        is_finite &= changed_logprobs == changed_logprobs
     if behaviour is None:
-        behaviour = logprobs if sampled is probs else torch.log(_at(sampled, token_ids)).float()
+        behaviour = changed_logprobs
     if params.greedy != "none":
         behaviour = torch.where(params.temperature == 0, 0.0, behaviour)
-    # One value that is not finite makes its whole row NaN.
-    is_finite = ~torch.isnan(probs[:, 0] if sampled is probs else probs[:, 0] + sampled[:, 0])
     top = torch.topk(probs, params.num_top_logprobs, dim=1) if params.num_top_logprobs else None
     return Draws(
         token_ids=token_ids,

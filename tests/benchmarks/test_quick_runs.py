@@ -15,6 +15,7 @@ from shapes import qwen3_7m
 ROOT = Path(__file__).resolve().parent.parent.parent
 RATIOS = {
     "attention": {"per_node_vs_gathered", "median"},
+    "sampler": {"vs_textbook", "vs_transformers", "worst_vs_textbook"},
     "rollout_vs_transformers": {"vs_generate", "vs_generate_batch", "worst_vs_best_peer"},
     "tree_vs_flat": {"trajectories_per_s", "tokens_per_s", "query_tokens", "kv_over_unique"},
     "weight_sync": {"vs_tensors", "private_bytes_over_weights"},
@@ -43,6 +44,11 @@ def test_the_attention_benchmark_runs(tmp_path):
     # 512 shared and 16 x 32 own keys, read once each or once a path
     (read,) = {json.dumps(keys) for keys in report["counts"]["keys_read"].values()}
     assert json.loads(read) == {"per_node": 512 + 16 * 32, "gathered": 16 * (512 + 32)}
+
+
+def test_the_sampler_benchmark_runs_and_draws_what_the_textbook_draws(tmp_path):
+    report = quick_run("sampler", tmp_path)
+    assert report["counts"]["draws"] == report["counts"]["as_textbook"]
 
 
 @pytest.mark.long
