@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # by one of which a tokenizer is known
+
 Speller = Callable[[str], bytes]  # a token as the vocabulary writes it -> what it adds to the text
 
 
@@ -56,12 +58,15 @@ class TokenText:
             return self._source
         from transformers import AutoTokenizer
 
-        source = str(Path(self._source).expanduser())
+        source = Path(self._source).expanduser()
         try:
-            return AutoTokenizer.from_pretrained(source, local_files_only=True)
+            # Without files transformers makes an empty tokenizer of the model's kind.
+            if source.is_dir() and not any(p for k in _FILES for p in source.glob(k)):
+                raise ValueError("it has no tokenizer files")
+            return AutoTokenizer.from_pretrained(str(source), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"stop_strings need a tokenizer and none can be loaded from {source!r}: put "
+                f"stop_strings need a tokenizer and none can be loaded from {str(source)!r}: put "
                 "the model's tokenizer files there, name another folder with Engine(..., "
                 f"tokenizer=...), or use stop_token_sequences ({error})"
             ) from error

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import path_logprobs, tiny_model
+from tiny_tokenizers import of_pieces
 
 from rollout.metrics import CostLedger
 from rollout.settings import EngineSettings
 from rollout.strategies.base import Prompt
 from rollout.strategies.settings import FlatSettings
+from rollout.tree import EOS
 from rollout.weights import stored_state
 from rollout.worker import RolloutWorker
 from treepo.base.digest import manifest_of, tensor_digests
@@ -99,3 +101,28 @@ def test_ledgers_add_counts_and_take_the_larger_peak():
 def test_a_setting_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"engine setting {field}={value!r}"):
         EngineSettings(**{field: value})
+
+
+def test_stop_strings_use_the_model_folders_tokenizer_or_the_one_named_at_setup(worker, tmp_path):
+    settings = FlatSettings(n=4, max_response_length=40, stop_strings=["b", "ac"])
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        worker.sample(prompts(), "flat", settings, 0)
+    tokenizer = of_pieces([chr(ord("a") + i) for i in range(26)] + ["ab", "ba", "ca", "cc", "dd"])
+    elsewhere = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(elsewhere)
+    worker.setup(str(tmp_path), EngineSettings(num_kv_slots=512), str(elsewhere))
+    named, _ = worker.sample(prompts(), "flat", settings, 0)
+    tokenizer.save_pretrained(tmp_path)
+    worker.setup(str(tmp_path), EngineSettings(num_kv_slots=512))
+    trees, _ = worker.sample(prompts(), "flat", settings, 0)
+    assert all(a.same_tokens(b) for a, b in zip(trees, named, strict=True))
+    reasons = set()
+    for tree in trees:
+        for leaf in tree.leaves:
+            ids = tree.path_token_ids(leaf, with_prompt=False).tolist()
+            text, before = tokenizer.decode(ids), tokenizer.decode(ids[:-1])
+            ended = tree.segments[leaf].finish_reason == EOS
+            assert ended == ("b" in text or "ac" in text)
+            assert "b" not in before and "ac" not in before
+            reasons.add(ended)
+    assert True in reasons
