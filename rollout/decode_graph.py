@@ -12,11 +12,14 @@ step runs operation by operation.
 from __future__ import annotations
 
 import logging
+import traceback
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.attention.base import AttentionContext, LayerVariant, Plan
 from rollout.attention.tree_plan import Capacity, DeviceWork, TreePlan
@@ -25,6 +28,44 @@ from rollout.model_runner import ModelRunner
 
 _LOG = logging.getLogger(__name__)
 _BUCKET = 64  # above, numbers of rows are rounded up to its multiples; below, to powers of two
+
+
+# In inference mode an operation may be seen as what it is made of or by its own name.
+_WAITS = set(
+    "_local_scalar_dense item is_nonzero equal nonzero nonzero_numpy argwhere masked_select "
+    "unique _unique _unique2 unique_dim unique_consecutive bincount".split()
+)
+
+
+class HostWaits(TorchDispatchMode):
+    """Looks for operations for which the host waits for the device: it reads a value, or the size
+    of a result depends on values. A CUDA graph can contain none.
+
+    Attributes:
+        found: the first one's name and what called it; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if self.found is None and _waits(name, func._overloadname, args):
+            files = [frame.filename for frame in traceback.extract_stack()]
+            callers = [f for f in files if "/torch/" not in f and f != __file__]
+            self.found = f"{name} in {Path(callers[-1]).name}"
+        return func(*args, **(kwargs or {}))
+
+
+def _waits(name: str, overload: str, args: tuple) -> bool:
+    if name == "where":
+        return len(args) == 1
+    if name == "repeat_interleave":
+        return overload != "self_int"
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return name in _WAITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -77,20 +118,28 @@ class StaticStep:
         assert self._logits is not None
         return self._logits
 
+    def try_out(self) -> str | None:
+        """Run once, which compiles kernels; what it does for which the host waits, or None. The
+        buffers have to be loaded again.
+        """
+        with HostWaits() as waits:
+            self._step()
+        return waits.found
+
     def capture(self, memory: Any) -> None:
-        """Record the step. The buffers have to be loaded again.
+        """Record the step, after it was tried out. The buffers have to be loaded again.
 
         Args:
             memory: of ``torch.cuda.graph_pool_handle``, shared with other steps, as one runs at a
                 time.
         """
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self._step()  # compiles kernels, which cannot be done while recording
-        here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # The outer context gives the stream back where recording fails. Other threads may use the
+        # device meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"),
+        ):
             self._logits = self._step()
         self._graph = graph
 
@@ -138,9 +187,6 @@ class DecodeSteps:
         self._memory: Any = None  # of ``torch.cuda.graph_pool_handle``, for all steps
         self._keys: torch.Tensor | None = None  # the pool's, to see that they are still the same
         self._loaded: _Loaded | None = None
-        reason = _why_not(runner) if captures else None
-        if reason:
-            self._give_up(reason)
 
     def run(self, plan: Plan, token_ids: np.ndarray) -> torch.Tensor | None:
         """Logits [N, V] of rows that are the last tokens of open nodes, or None if they have to be
@@ -209,9 +255,14 @@ class DecodeSteps:
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
             step.load(content)
+            wait = step.try_out()
+            if wait is not None:
+                self._give_up(f"the host has to wait for {wait}")
+                return False
+            step.load(content)
             try:
                 step.capture(self._memory)
-            except RuntimeError as error:  # whatever a model does that cannot be recorded
+            except RuntimeError as error:  # whatever else cannot be recorded
                 self._give_up(str(error).partition("\n")[0])
                 return False
         return True
@@ -220,17 +271,6 @@ class DecodeSteps:
         self.why_not = reason
         name = type(self.runner.model).__name__
         _LOG.warning("%s decodes without CUDA graphs: %s", name, reason)
-
-
-def _why_not(runner: ModelRunner) -> str | None:
-    """Why a model's forward cannot be captured, as far as is known before it is tried."""
-    config = runner.model.config.get_text_config()
-    for field in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(config, field, None):
-            return f"its experts get a number of tokens that the host must know ({field})"
-    if runner.has_moving_frequencies:
-        return "its rotary frequencies depend on the longest position, which the host must know"
-    return None
 
 
 def _bucket(num_rows: int) -> int:

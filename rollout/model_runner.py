@@ -125,11 +125,6 @@ class ModelRunner:
         self._check(context)
         return logits
 
-    @property
-    def has_moving_frequencies(self) -> bool:
-        """Whether the model picks its rotary frequencies by the longest position of a forward."""
-        return bool(_moving_ropes(self.model))
-
     def _check(self, context: AttentionContext) -> None:
         if not context.calls:
             raise NotImplementedError(

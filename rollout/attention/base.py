@@ -13,7 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from rollout.kv_pool import KVPool
 from rollout.radix_tree import TreeNode
@@ -152,12 +151,10 @@ def tree_attention(
     return tree.attend(layer, query, key, value, variant), None
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks come from the tree, not from transformers."""
-    return None
-
-
 def register() -> None:
-    """Make ``attn_implementation="tree"`` known to transformers."""
+    """Make ``attn_implementation="tree"`` known to transformers.
+
+    It gets no mask function: for attention without one transformers makes no mask. (With one it
+    would look in each forward for sequences packed into the positions, for which the host waits.)
+    """
     AttentionInterface.register(NAME, tree_attention)
-    AttentionMaskInterface.register(NAME, no_mask)

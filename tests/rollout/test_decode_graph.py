@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import plain_tree_kernels
 import pytest
-from tiny_models import tiny_model
+import torch
+from tiny_models import CONFIGS, tiny_model
 
 from rollout.attention.tree_plan import Capacity
-from rollout.decode_graph import DecodeSteps, _bucket
+from rollout.decode_graph import DecodeSteps, HostWaits, StaticStep, _bucket
 from rollout.engine import Engine
 from rollout.extend import ExtendSpec
 from rollout.settings import EngineSettings
@@ -115,14 +117,93 @@ def test_a_preempted_request_goes_on_with_the_same_tokens():
     assert num_preempted > 0 and segments(500) == (0, tight)
 
 
-def test_models_that_cannot_be_captured_are_told_and_decode_in_the_plain_way(caplog):
-    engine = make_engine("gpt_oss", static=False)
+def waits_of_a_step(engine):
+    """What ``HostWaits`` finds in a static step of this engine."""
+    node = engine.prefill([3, 4, 5, 6])
+    for key in range(3):
+        engine.submit(node, ExtendSpec(max_tokens=30), key)
+    for _ in range(4):
+        engine.step()
+    with torch.inference_mode():
+        return engine._forward.steps._loaded.step.try_out()
+
+
+class NoKernels:
+    """In place of the kernels, which do not wait; their stand-in of these tests does."""
+
+    @staticmethod
+    def attend(query, keys, values, work, variant):
+        return query.new_zeros(*query.shape[:2], values.shape[2])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gpt2", "phi3", "opt", "gpt_oss"])
+def test_a_step_has_nothing_for_which_the_host_waits(family, monkeypatch):
+    monkeypatch.setattr("rollout.attention.triton_tree.attend", NoKernels.attend)
+    assert waits_of_a_step(make_engine_unprobed(family, monkeypatch)) is None
+
+
+def make_engine_unprobed(family, monkeypatch, change=lambda model: None):
+    monkeypatch.setattr("rollout.probe.probe", lambda engine: None)
+    model = tiny_model(family)
+    change(model)
+    engine = Engine(model, EngineSettings(num_kv_slots=600, attention="triton_tree"))
+    engine._forward.steps = Counted(engine.runner)
+    return engine
+
+
+def test_experts_that_are_called_one_by_one_and_moving_rotary_frequencies_are_found(monkeypatch):
+    monkeypatch.setattr("rollout.attention.triton_tree.attend", NoKernels.attend)
+    one_by_one = make_engine_unprobed(
+        "gpt_oss", monkeypatch, lambda model: model.set_experts_implementation("eager")
+    )
+    assert "nonzero in " in waits_of_a_step(one_by_one)
+    config = CONFIGS["llama"]()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    monkeypatch.setitem(CONFIGS, "dynamic", lambda: config)
+    moving = waits_of_a_step(make_engine_unprobed("dynamic", monkeypatch))
+    assert moving is not None and "modeling_rope_utils.py" in moving
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (lambda x: x.sum().item(), "item"),
+        (lambda x: bool((x > 0).all()), "is_nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.masked_select(x > 0), "masked_select"),
+        (lambda x: torch.where(x > 0), "where"),
+        (lambda x: x.unique(), "_unique2"),
+        (lambda x: x.repeat_interleave(x.long()), "repeat_interleave"),
+        (lambda x: x.index_put_((x > 0,), torch.zeros(())), "index_put_"),
+    ],
+)
+def test_operations_for_which_the_host_waits_are_found(work, name):
+    with torch.inference_mode(), HostWaits() as waits:
+        work(torch.arange(4.0))
+    assert waits.found is not None and waits.found.startswith(f"{name} in ")
+
+
+def test_operations_for_which_the_host_does_not_wait_pass():
+    with torch.inference_mode(), HostWaits() as waits:
+        x = torch.arange(4.0)
+        torch.where(x > 0, x, 0.0)[torch.tensor([1, 0])].repeat_interleave(2)
+        x[torch.tensor([2])] = 1.0
+    assert waits.found is None
+
+
+def test_a_step_that_cannot_be_recorded_is_told_and_leaves_the_plain_way(caplog, monkeypatch):
+    plain = decode(make_engine("qwen2", static=False))
+    engine = make_engine("qwen2", static=True)
+    steps = engine._forward.steps
+    monkeypatch.setattr(steps, "_captures", True)
+    monkeypatch.setattr(StaticStep, "try_out", lambda step: "nonzero in experts.py")
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
     with caplog.at_level(logging.WARNING):
-        steps = DecodeSteps(engine.runner, captures=True)
-    assert "experts" in steps.why_not
-    assert "GptOssForCausalLM decodes without CUDA graphs" in caplog.text
-    assert steps.run(object(), np.zeros(1, np.int64)) is None
-    assert DecodeSteps(make_engine("qwen2", static=False).runner, captures=True).why_not is None
+        found = decode(engine)
+    assert "Qwen2ForCausalLM decodes without CUDA graphs: the host has to wait" in caplog.text
+    assert caplog.text.count("CUDA graphs") == 1 and steps.num_runs == 0
+    assert [c.token_ids.tolist() for c in found] == [c.token_ids.tolist() for c in plain]
 
 
 def test_buckets_are_few_and_hold_what_is_put_into_them():
