@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout.attention.base import Block, GrowingPlan
+from rollout.attention.base import Block, ExtensiblePlan, GrowingPlan
 from rollout.forward import Rows, TreeForward
 from rollout.radix_tree import TreeNode
 from rollout.requests import Request
@@ -42,6 +42,17 @@ class Batch:
     def can_go_on(self) -> bool:
         """Whether the next batch differs only in the tokens."""
         return self.is_steady and isinstance(self.rows.plan, GrowingPlan)
+
+    def take_slots(self, slots: dict[int, np.ndarray]) -> bool:
+        """Note new slots of growing segments, by table row; False if the plan cannot."""
+        plan = self.rows.plan
+        if not slots:
+            return True
+        if not isinstance(plan, ExtensiblePlan):
+            return False
+        places = {row: i for i, row in enumerate(self.drawing.tolist())}
+        plan.extend({places[row]: more for row, more in slots.items()})
+        return True
 
     def next(self, goes_on: np.ndarray, table: RunningTable) -> None:
         """Move every row one token on.

@@ -246,8 +246,9 @@ class Decoder:
         over = stopped | full
         if over.any():
             self._finish_all(batch.drawing, over, stopped)
-        changed = self._reserve(batch.drawing[~over])
-        self._last = (batch, ~over) if batch.can_go_on and not changed else None
+        given = self._reserve(batch.drawing[~over])
+        goes_on = batch.can_go_on and given is not None and batch.take_slots(given)
+        self._last = (batch, ~over) if goes_on else None
 
     def _next_batch(self) -> Batch:
         """The last batch one token on where only segments ended since; a new one otherwise."""
@@ -273,13 +274,18 @@ class Decoder:
             self._finish(by_row[int(rows[i])], STOP if stopped[i] else LENGTH)
         self.running = [request for request in self.running if request.leaf is not None]
 
-    def _reserve(self, rows: np.ndarray) -> bool:
+    def _reserve(self, rows: np.ndarray) -> dict[int, np.ndarray] | None:
         """Give every request that drew a slot for its token; the youngest are put back while slots
-        are short. True if anything changed.
+        are short.
+
+        Returns:
+            new slots by table row, or None if requests were put back.
         """
         short = set(rows[self._table.count[rows] > self._table.reserved[rows]].tolist())
+        given: dict[int, np.ndarray] = {}
         if not short:
-            return False
+            return given
+        num_running = len(self.running)
         for request in [r for r in self.running if r.row in short]:
             if request.leaf is None:  # put back meanwhile
                 continue
@@ -288,9 +294,9 @@ class Decoder:
             while request.leaf is not None and not self.store.make_room(wanted, may_break=True):
                 self._put_back()
             if request.leaf is not None:
-                slots = self.store.add_slots(request.leaf, wanted)
+                given[request.row] = slots = self.store.add_slots(request.leaf, wanted)
                 self._table.add_slots(request.row, slots)
-        return True
+        return given if len(self.running) == num_running else None
 
 
 def _num_known(node) -> int:

@@ -7,6 +7,7 @@ and answers each query row from its path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +81,15 @@ class GrowingPlan(Plan, Protocol):
 
     def keep(self, mask: np.ndarray) -> None:
         """Forget the rows (bool [N]) whose segments ended; the others move up in order."""
+        ...
+
+
+@runtime_checkable
+class ExtensiblePlan(GrowingPlan, Protocol):
+    """A growing plan whose rows may get more slots."""
+
+    def extend(self, slots: Mapping[int, np.ndarray]) -> None:
+        """Append slots (int64 [n]) to the open nodes of some rows."""
         ...
 
 

@@ -8,7 +8,7 @@ advances can be captured in a CUDA graph and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -173,7 +173,7 @@ class TreePlan:
 
     Attributes:
         num_steps: advances since the last change.
-        num_changes: how often rows were dropped.
+        num_changes: how often rows were dropped or got slots.
     """
 
     def __init__(
@@ -216,12 +216,11 @@ class TreePlan:
         Args:
             mask: bool [N], rows that go on; they move up in order.
         """
-        self._table = self.table.keep(mask)
-        self._positions = self.positions[mask]
-        self.num_steps = 0
-        self.num_changes += 1
-        for groups, made in self._works.items():
-            self._works[groups] = self._load(groups, made)
+        self._change(self.table.keep(mask), self.positions[mask], slots_too=False)
+
+    def extend(self, slots: Mapping[int, np.ndarray]) -> None:
+        """Append slots (int64 [n]) to the open nodes of some rows."""
+        self._change(self.table.extend(slots), self.positions, slots_too=True)
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: LayerVariant
@@ -234,14 +233,23 @@ class TreePlan:
             self._works[groups] = self._load(groups)
         return attend(query, keys, values, self._works[groups].work, variant)
 
-    def _load(self, groups: int, made: DeviceWork | None = None) -> DeviceWork:
-        """The work on the device, in ``made`` if that holds it; the slots are then there."""
+    def _change(self, table: SpanTable, positions: np.ndarray, *, slots_too: bool) -> None:
+        self._table, self._positions = table, positions
+        self.num_steps = 0
+        self.num_changes += 1
+        for groups, made in self._works.items():
+            self._works[groups] = self._load(groups, made, slots_too)
+
+    def _load(
+        self, groups: int, made: DeviceWork | None = None, slots_too: bool = True
+    ) -> DeviceWork:
+        """The work on the device, in ``made`` if that holds it."""
         table, positions = self.table, self.positions
         work = work_list(table, positions, groups)
         needed = Capacity.of(table, work)
         fits = made is not None and made.capacity.holds(needed)
         into = made if made is not None and fits else DeviceWork(needed, self.device)
-        into.load(table, work, positions, slots_too=not fits)
+        into.load(table, work, positions, slots_too=slots_too or not fits)
         return into
 
 

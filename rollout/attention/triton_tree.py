@@ -60,6 +60,8 @@ def _attend_items(
 ):
     item = items + tl.program_id(0) * COLUMNS
     kv_head = tl.program_id(1)
+    key_head = keys + kv_head.to(tl.int64) * key_head_stride
+    value_head = values + kv_head.to(tl.int64) * value_head_stride
     span = tl.load(item)
     if span < 0:
         return
@@ -108,7 +110,7 @@ def _attend_items(
         is_key = key < high
         slot = tl.load(slots + offset + key, mask=is_key, other=0).to(tl.int64)
         key_tile = tl.load(
-            keys + slot[None, :] * key_slot_stride + kv_head * key_head_stride + column[:, None],
+            key_head + slot[None, :] * key_slot_stride + column[:, None],
             mask=is_key[None, :] & (column[:, None] < HEAD_DIM),
             other=0.0,
         )
@@ -130,10 +132,7 @@ def _attend_items(
         decay = tl.exp2(peak - safe_peak)
         total = total * decay + tl.sum(weight, 1)
         value_tile = tl.load(
-            values
-            + slot[:, None] * value_slot_stride
-            + kv_head * value_head_stride
-            + value_column[None, :],
+            value_head + slot[:, None] * value_slot_stride + value_column[None, :],
             mask=is_key[:, None] & (value_column[None, :] < VALUE_DIM),
             other=0.0,
         )

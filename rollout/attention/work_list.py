@@ -7,7 +7,7 @@ into tiles. All is arrays over spans: no Python per span.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +24,10 @@ SMALL_TILE = 16  # stacked rows of a tile where few rows see a span: the least a
 LARGE_TILE = 64
 SMALL_ROWS = 32  # up to so many stacked rows go into small tiles
 KEYS = 256  # keys of an item: many, so that few results are merged; few, so that all cores work
-# Where so many rows see a span they alone make work for all cores; then longer items save memory.
+# Where so many rows see a span (or are a block of it, of many) they alone make work for all cores;
+# then longer items save memory.
 MANY_ROWS = 128
+MANY_CAUSAL_ROWS = 16
 MANY_ROWS_KEYS = 2048
 
 
@@ -89,6 +91,24 @@ class SpanTable:
     def advance(self, steps: int) -> SpanTable:
         """``steps`` more keys for every span that grows."""
         return replace(self, length=self.length + steps * self.grows)
+
+    def extend(self, slots: Mapping[int, np.ndarray]) -> SpanTable:
+        """With more slots behind those of the growing spans of some rows."""
+        owners = self.own_spans(int((self.row + self.num_rows).max()))
+        span = owners[list(slots)]
+        counts = np.array([len(more) for more in slots.values()], np.int64)
+        behind = self.offset[span] + self.capacity[span]
+        capacity = self.capacity.copy()
+        capacity[span] += counts
+        moved = (counts * (behind <= self.offset[:, None])).sum(axis=1)
+        return replace(
+            self,
+            slots=np.insert(
+                self.slots, np.repeat(behind, counts), np.concatenate(list(slots.values()))
+            ),
+            offset=self.offset + moved,
+            capacity=capacity,
+        )
 
     def own_spans(self, num_rows: int) -> np.ndarray:
         """int64 [num_rows]: the span that each row's open node is; -1 where there is none."""
@@ -159,7 +179,8 @@ def work_list(table: SpanTable, positions: np.ndarray, groups: int) -> WorkList:
 
 def _key_runs(table: SpanTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(span, low, high): each span's keys cut where the depth is a multiple of a constant."""
-    size = np.where(table.num_rows < MANY_ROWS, KEYS, MANY_ROWS_KEYS)
+    many = np.where(table.causal, MANY_CAUSAL_ROWS, MANY_ROWS)
+    size = np.where(table.num_rows < many, KEYS, MANY_ROWS_KEYS)
     first = table.start // size
     last = (table.start + table.capacity - 1) // size
     span, number = _repeat(last - first + 1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny_model
 
+from rollout import decoder
 from rollout.attention.tree_plan import Capacity
 from rollout.decode_graph import DecodeSteps, HostWaits, StaticStep, _bucket
 from rollout.engine import Engine
@@ -100,6 +101,22 @@ def test_a_reload_of_the_pools_memory_drops_what_points_into_the_old_one():
     again = decode(engine)
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in first]
     assert not set(map(id, steps.values())) & set(map(id, engine._forward.steps._steps.values()))
+
+
+def test_segments_that_get_more_slots_are_not_laid_out_anew(monkeypatch):
+    engine = make_engine("qwen2", static=True)
+    gathered = []
+    gather = decoder.gather
+    monkeypatch.setattr(decoder, "gather", lambda *args: gathered.append(1) or gather(*args))
+    node = engine.prefill([3, 4, 5])
+    specs = [ExtendSpec(max_tokens=count) for count in (150, 149, 148)]
+    found = {c.request_id: c for c in engine.extend([(node, s, k) for k, s in enumerate(specs)])}
+    assert [len(found[i].token_ids) for i in sorted(found)] == [150, 149, 148]
+    assert len(gathered) == 2  # the prompt's forward and the first steady one
+    plain = make_engine("qwen2", static=False, attention="cpu")
+    node = plain.prefill([3, 4, 5])
+    for other in plain.extend([(node, s, k) for k, s in enumerate(specs)]):
+        assert other.token_ids.tolist() == found[other.request_id].token_ids.tolist()
 
 
 def test_a_preempted_request_goes_on_with_the_same_tokens():

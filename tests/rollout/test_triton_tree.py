@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_trees import TreeMaker, laid_out, last_token, random_tensors
@@ -47,6 +48,7 @@ def short_items(monkeypatch):
     monkeypatch.setattr("rollout.attention.work_list.KEYS", 8)
     monkeypatch.setattr("rollout.attention.work_list.MANY_ROWS_KEYS", 32)
     monkeypatch.setattr("rollout.attention.work_list.MANY_ROWS", 12)
+    monkeypatch.setattr("rollout.attention.work_list.MANY_CAUSAL_ROWS", 6)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -156,6 +158,38 @@ def test_a_plan_that_advances_and_drops_rows_gives_what_the_dense_mask_gives(win
             nodes = [node for node, goes in zip(nodes, goes_on, strict=True) if goes]
         plan.advance()
         counts = {node: count + 1 for node, count in counts.items()}
+
+
+def test_a_plan_whose_rows_got_more_slots_gives_what_the_dense_mask_gives(short_items):
+    maker = TreeMaker(12)
+    counts = growing_tree(maker, 6, 4)
+    ordered, spans, positions = laid_out([last_token(n, c) for n, c in counts.items()])
+    nodes = [block.node for block in ordered]
+    plan = TreePlan(spans, positions, device=DEVICE)
+    for step in range(6):
+        more = {}
+        for row, node in enumerate(nodes):
+            if counts[node] >= len(node.slots) - step % 2:  # some before they need them
+                more[row] = maker.slots(int(maker.rng.integers(2, 5)))
+                maker.tree.set_slots(node, np.concatenate([node.slots, more[row]]))
+        if more:
+            plan.extend(dict(reversed(more.items())))
+        if step == 2:
+            plan.keep(np.array([True, True, False, True, False, True]))
+            nodes = [node for i, node in enumerate(nodes) if i not in (2, 4)]
+        plan.advance()
+        counts = {node: count + 1 for node, count in counts.items()}
+        if step in (0, 3, 5):
+            query, keys, values = random_tensors(step, len(nodes), device=DEVICE)
+            expected = [last_token(node, counts[node]) for node in nodes]
+            assert_close(plan.attend(query, keys, values, PLAIN), expected, query, keys, values)
+    made = SpanTable.of(laid_out([last_token(n, counts[n]) for n in nodes])[1])
+    table = plan.table
+    for i, j in zip(table.own_spans(4), made.own_spans(4), strict=True):
+        mine = table.slots[table.offset[i] : table.offset[i] + table.capacity[i]]
+        theirs = made.slots[made.offset[j] : made.offset[j] + made.capacity[j]]
+        # a new layout may join what two rows that ended shared with what is theirs alone
+        assert mine.tolist() == theirs[-len(mine) :].tolist()
 
 
 def test_an_advance_changes_the_buffer_as_a_new_plan_would_fill_it():
