@@ -64,7 +64,9 @@ def clocks() -> Iterator[dict[str, float]]:
 
 
 def decode_steps(engine: Engine, num_running: int, steps: int) -> dict[str, float]:
-    """Median seconds of each part of a steady decode step, and of "scheduler", what is left."""
+    """Median seconds of each part of a steady decode step, and of "scheduler", what is left (it
+    gives back the logits' memory, too).
+    """
     node = engine.prefill(np.arange(1, PROMPT + 1))
     spec = ExtendSpec(max_tokens=steps + 3)
     requests = [engine.submit(node, spec, 1 + i) for i in range(num_running)]
@@ -86,7 +88,7 @@ def decode_steps(engine: Engine, num_running: int, steps: int) -> dict[str, floa
 
 def measure(quick: bool, sizes: Sequence[int], steps: int) -> dict[int, dict[str, float]]:
     """Seconds of each part of a step at each number of running sequences, for the whole shape."""
-    few, more = 1, 2 if quick else 4
+    few, more = 2, 3 if quick else 4
     found = {}
     for layers in (few, more):
         model = qwen2_half_billion(num_layers=layers)
