@@ -52,7 +52,8 @@ class Capacity:
         small, large = _round_up(max(self.small, rows)), _round_up(self.large)
         return Capacity(
             rows=rows,
-            spans=2 * rows,
+            # A layout has no more than two spans a row, but after rows were dropped it may.
+            spans=_round_up(max(2 * rows, self.spans)),
             small=small,
             large=large,
             # A tile has as many stacked rows as it may, but for the last one of a run of keys; a

@@ -93,20 +93,22 @@ class SpanTable:
         return replace(self, length=self.length + steps * self.grows)
 
     def extend(self, slots: Mapping[int, np.ndarray]) -> SpanTable:
-        """With more slots behind those of the growing spans of some rows."""
+        """With more slots behind those of the growing spans of some rows; the slot list is made
+        anew.
+        """
         owners = self.own_spans(int((self.row + self.num_rows).max()))
         span = owners[list(slots)]
+        index, number = _repeat(self.capacity)
+        pieces = self.slots[self.offset[index] + number]  # without those of spans that are gone
         counts = np.array([len(more) for more in slots.values()], np.int64)
-        behind = self.offset[span] + self.capacity[span]
+        behind = np.cumsum(self.capacity)[span]
         capacity = self.capacity.copy()
         capacity[span] += counts
-        moved = (counts * (behind <= self.offset[:, None])).sum(axis=1)
+        more = np.concatenate(list(slots.values()))
         return replace(
             self,
-            slots=np.insert(
-                self.slots, np.repeat(behind, counts), np.concatenate(list(slots.values()))
-            ),
-            offset=self.offset + moved,
+            slots=np.insert(pieces, np.repeat(behind, counts), more),
+            offset=np.cumsum(capacity) - capacity,
             capacity=capacity,
         )
 

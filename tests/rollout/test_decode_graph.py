@@ -119,6 +119,35 @@ def test_segments_that_get_more_slots_are_not_laid_out_anew(monkeypatch):
         assert other.token_ids.tolist() == found[other.request_id].token_ids.tolist()
 
 
+def test_few_rows_that_are_left_of_a_deep_tree_still_fit():
+    def segments(static):
+        engine = make_engine("qwen2", static=static, num_kv_slots=900)
+        node = engine.prefill([3, 4, 5])
+        items = []
+        for depth in range(30):  # a chain with a short segment off each node; one goes on for long
+            items.append((node, ExtendSpec(max_tokens=4), depth))
+            node = engine.append(node, [depth % 7 + 8])
+        items.append((node, ExtendSpec(max_tokens=12), 99))
+        found = {c.request_id: c.token_ids.tolist() for c in engine.extend(items)}
+        return [found[i] for i in sorted(found)]
+
+    assert segments(True) == segments(False)
+
+
+def test_slots_given_back_and_taken_again_do_not_pile_up_in_a_plan():
+    engine = make_engine("qwen2", static=True, num_kv_slots=420)
+    node = engine.prefill([3, 4, 5])
+    counts = [70, 72, 134, 300]
+    items = [(node, ExtendSpec(max_tokens=count), i) for i, count in enumerate(counts)]
+    found = {}
+    for completion in engine.extend(items):
+        found[completion.request_id] = len(completion.token_ids)
+        engine.free(completion.node, drop=True)
+    assert [found[i] for i in sorted(found)] == counts
+    loaded = engine._forward.steps._loaded
+    assert len(loaded.plan.table.slots) <= 3 + 300
+
+
 def test_a_preempted_request_goes_on_with_the_same_tokens():
     def segments(num_kv_slots):
         engine = make_engine("qwen2", static=True, num_kv_slots=num_kv_slots)
