@@ -1,9 +1,11 @@
 """One attention layer of a decode step: per tree node against gathering each path for SDPA.
 
-Both read the same pool. Per node, the queries that share a run of keys are one product over it, and
+Both read the same keys. Per node, the queries that share a run of keys are one product over it, and
 partial results merge by log-sum-exp. The other way copies the whole path of every query out of the
-pool by slot numbers, pads, and calls torch's scaled_dot_product_attention with a mask, as engines
-with a paged cache do on a CPU. Indices and masks are prepared beforehand for both.
+pool by slot numbers and calls torch's scaled_dot_product_attention, as engines with a paged cache
+do on a CPU; paths have equal lengths here, so that it needs no padding. Indices are prepared
+beforehand for both, and each has keys in the layout that suits it: ours as the pool keeps them, the
+other token by token.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def layer(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
     query = draw(len(blocks), HEADS, WIDTH)
     keys = draw(pool.num_slots + 1, KV_HEADS, WIDTH)
     values = draw(pool.num_slots + 1, KV_HEADS, WIDTH)
+    ours = pool.write(0, torch.arange(len(keys)), keys, values)
     ordered, spans = lay_out(blocks)
     positions = np.array([block.node.start + block.start for block in ordered])
     plan = NodePlan(
@@ -112,7 +115,7 @@ def layer(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
         )
         return found.squeeze(2)
 
-    return {PER_NODE: lambda: plan.attend(query, keys, values, variant), GATHERED: gathered}
+    return {PER_NODE: lambda: plan.attend(query, *ours, variant), GATHERED: gathered}
 
 
 def keys_read(case: Case) -> dict[str, int]:
