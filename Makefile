@@ -16,6 +16,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # example PyTorch's CPU wheels) is kept by what is installed after it.
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=0-9.,]*\)",$$/\1/p' pyproject.toml)
 
+# The kernels' tests run in Triton's interpreter. Builds of torch for GPUs bring the Triton that fits
+# them, so it is no requirement of the package, and is installed here where there is none.
+TRITON := triton>=3.6,<3.7
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-long lint format clean
 
@@ -31,6 +35,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) '$(TORCH)'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_ARGS) '$(TRITON)'
 	@touch $@
 
 install: $(STAMP)  ## Make the virtual environment (.venv) and install everything
