@@ -285,7 +285,7 @@ def test_workers_killed_from_outside_cost_at_most_the_items_they_ran(user_file: 
 
         killer = threading.Thread(target=kill_now_and_then)
         killer.start()
-        items = [item("1", str(i % 2)) if i % 5 else item("sleep 0.005", "x") for i in range(500)]
+        items = [item("1", str(i % 2)) if i % 5 else item("sleep 0.02", "x") for i in range(500)]
         results = pool.score(items)
         done.set()
         killer.join()
@@ -314,8 +314,9 @@ def test_workers_that_cannot_even_start_end_in_errors_and_not_in_a_loop(
 ) -> None:
     settings = user_settings(user_file)
     settings.memory_limit_mb = 1  # below what the interpreter holds already
+    # Longer than what a heap may have left over, so that even reading the item fails.
     with RewardPool(settings) as pool:
-        results = pool.score([item("1")] * 5)
+        results = pool.score([item("1" + " " * (8 << 20))] * 5)
     assert [r.outcome for r in results] == [ERROR] * 5
 
 
