@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 _HEAD_CHUNK = 1 << 24  # weights of the head cast to fp32 at a time
+_LEAST_PACKED = 1 << 17  # weights of a float32 layer: below, torch's own path is faster
 _MOST_ROWS = 40  # of ``row_rule``: any remainder a kernel may treat apart, and full blocks
 _MOST_COLUMNS = 4096  # of the layers it tries
 
@@ -42,7 +43,7 @@ class PackedLinear(torch.nn.Linear):
         if self._packed is None or self._packed_version != version:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed_version = version
-        return torch.ops.mkldnn._linear_pointwise(
+        return torch.ops.mkldnn._linear_pointwise.default(
             input.contiguous(), self._packed, self.bias, "none", [], ""
         )
 
@@ -98,12 +99,15 @@ def use_float64_experts(model: PreTrainedModel) -> None:
 
 
 def pack_linear_layers(model: torch.nn.Module) -> None:
-    """Let the linear layers of a CPU model use packed weights, where this CPU has them."""
+    """Let the linear layers of a CPU model use packed weights, where this CPU has them and where
+    they pay.
+    """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     packable = {d: _can_pack(d) for d in {layer.weight.dtype for layer in layers}}
     for layer in layers:
         weight = layer.weight
-        if packable[weight.dtype] and weight.device.type == "cpu":
+        is_small = weight.dtype == torch.float32 and weight.numel() < _LEAST_PACKED
+        if packable[weight.dtype] and weight.device.type == "cpu" and not is_small:
             layer.__class__ = PackedLinear
 
 

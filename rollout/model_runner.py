@@ -23,6 +23,7 @@ from rollout.linear import (
 from rollout.settings import EngineSettings
 
 _GPU_ROWS = RowRule(8, 8)  # tensor cores want multiples of 8
+_ANY_ROWS = RowRule(1, 1)
 
 
 def load_model(model_path: str | Path, *, dtype: str, device: str) -> PreTrainedModel:
@@ -59,8 +60,10 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
 class ModelRunner:
     """A model, the pool its attention reads, and one forward over query rows.
 
-    Rows are padded to a number at which the linear layers give every row what they would give it in
-    any other company (see ``rollout.linear.row_rule``).
+    On a CPU a linear layer may round a row otherwise when there are few others. A float64 model's
+    rows are padded to a number at which it does not (see ``rollout.linear.row_rule``), so that its
+    results are the same in any company. Below float64 that is a setting: keys are cut where other
+    paths branch off, which moves a row's last digits more than the layers do.
     """
 
     def __init__(self, model: PreTrainedModel, pool: KVPool, settings: EngineSettings) -> None:
@@ -70,7 +73,10 @@ class ModelRunner:
             use_fp32_head(model)
         if settings.pack_weights:
             pack_linear_layers(model)
-        self.row_rule = row_rule(model) if pool.device.type == "cpu" else _GPU_ROWS
+        self.row_rule = _GPU_ROWS
+        if pool.device.type == "cpu":
+            pads = settings.pad_rows or model.dtype == torch.float64
+            self.row_rule = row_rule(model) if pads else _ANY_ROWS
         self.model = model
         self.pool = pool
         self.device = pool.device

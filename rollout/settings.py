@@ -29,6 +29,8 @@ class EngineSettings:
     share_prefixes: bool = True  # False: every request computes its whole path privately
     fp32_lm_head: bool = False  # logits in float32 from bfloat16 or float16 weights
     pack_weights: bool = True  # CPU: a second copy of the weights, laid out for few rows
+    # CPU: pad rows so that linear layers round each alike in any company (float64 always does)
+    pad_rows: bool = False
     num_threads: int = 1  # torch threads of a rollout worker
 
     def __post_init__(self) -> None:

@@ -28,6 +28,11 @@ from rollout.settings import EngineSettings
 PROMPT = list(range(3, 15))
 
 
+@pytest.fixture(autouse=True)
+def small_layers_are_packed_too(monkeypatch):
+    monkeypatch.setattr(linear, "_LEAST_PACKED", 0)
+
+
 def layers(dtype, *shapes, bias=True):
     torch.manual_seed(0)
     return torch.nn.Sequential(*(torch.nn.Linear(i, o, bias=bias) for i, o in shapes)).to(dtype)
@@ -213,3 +218,22 @@ def test_every_dtype_runs_end_to_end_with_and_without_packed_weights(dtype, pack
     (found,) = engine.extend([(engine.prefill(PROMPT), ExtendSpec(max_tokens=8), 1)])
     assert len(found.token_ids) == 8 and np.isfinite(found.logprobs).all()
     assert engine.pool.keys[0].dtype == getattr(torch, dtype)
+
+
+def test_small_float32_layers_are_left_to_torch(monkeypatch):
+    monkeypatch.undo()
+    model = layers(torch.float32, (256, 256), (256, 768))
+    pack_linear_layers(model)
+    kinds = [torch.nn.Linear, PackedLinear if linear._can_pack(torch.float32) else torch.nn.Linear]
+    assert [type(layer) for layer in model] == kinds
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pad_rows", "pads"),
+    [("float64", False, True), ("float32", True, True), ("float32", False, False)],
+)
+def test_rows_are_padded_in_float64_and_where_it_is_asked_for(dtype, pad_rows, pads, monkeypatch):
+    monkeypatch.setattr("rollout.model_runner.row_rule", lambda model: RowRule(4, 4))
+    settings = EngineSettings(num_kv_slots=512, dtype=dtype, pad_rows=pad_rows)
+    engine = Engine(tiny_model("qwen3", getattr(torch, dtype)), settings)
+    assert engine.runner.row_rule.padding(1) == (3 if pads else 0)
