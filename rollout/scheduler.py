@@ -1,9 +1,10 @@
 """Many prompts' strategies as one continuous batch on one engine.
 
 There is no barrier between prompts: a tree is handed on as soon as it is finished, and the next
-prompt starts when the running ones leave room. Which request is served first changes nothing in the
-trees: draws are named by path keys and positions, and strategies do not look at the order of
-results.
+prompt starts when the running ones leave room, for requests and for keys and values. Where memory
+is short all the same, the youngest trees wait, so that none is computed again and again. Which
+request is served first changes nothing in the trees: draws are named by path keys and positions,
+and strategies do not look at the order of results.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 
 from rollout.engine import Engine
 from rollout.extend import ExtendRequest, ExtendResult
+from rollout.kv_pool import MAX_EXTENT
 from rollout.metrics import CostLedger
 from rollout.requests import Completion
 from rollout.store import Node
 from rollout.strategies.base import Prompt, Strategy
 from rollout.tree import Tree
+from rollout.tree_room import TreeRoom
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +33,8 @@ class _Growing:
     Attributes:
         handles: engine node of each arena segment that was asked for.
         segments: engine nodes of sampled segments, kept so that what was computed is found again.
+        num_tokens: of the tree so far.
+        num_expected: slots that its outstanding requests take at first.
     """
 
     index: int
@@ -37,6 +42,8 @@ class _Growing:
     handles: dict[int, Node] = field(default_factory=dict)
     segments: list[Node] = field(default_factory=list)
     outstanding: int = 0
+    num_tokens: int = 0
+    num_expected: int = 0
 
 
 def generate(
@@ -83,6 +90,7 @@ class _Run:
         self.engine = engine
         self.strategy = strategy
         self.rng = None if order_seed is None else np.random.default_rng(order_seed)
+        self.room = TreeRoom(strategy, engine.pool.num_slots)
         self.growing: dict[int, _Growing] = {}
         self.queue: list[tuple[_Growing, ExtendRequest]] = []  # asked for, not yet submitted
         self.submitted: dict[int, tuple[_Growing, ExtendRequest]] = {}  # by the engine's id
@@ -91,7 +99,7 @@ class _Run:
         """(index of its prompt, tree) of each tree as it is finished."""
         todo = list(enumerate(prompts))[::-1]
         while todo or self.growing:
-            while todo and self._has_room():
+            while todo and self._has_room(todo[-1][1]):
                 index, prompt = todo.pop()
                 finished = self._begin(index, prompt)
                 if finished is not None:
@@ -114,13 +122,15 @@ class _Run:
             self._free(growing)
         self.growing.clear()
 
-    def _has_room(self) -> bool:
+    def _has_room(self, prompt: Prompt) -> bool:
         asked = len(self.queue) + len(self.submitted)
-        return asked < self.engine.settings.max_running_requests
+        if asked >= self.engine.settings.max_running_requests:
+            return False
+        return self.room.has_room(len(self.growing), len(prompt.token_ids))
 
     def _begin(self, index: int, prompt: Prompt) -> Tree | None:
         state, requests = self.strategy.start(prompt)
-        growing = _Growing(index, state)
+        growing = _Growing(index, state, num_tokens=len(prompt.token_ids))
         self.growing[index] = growing
         return self._take(growing, requests)
 
@@ -128,6 +138,7 @@ class _Run:
         """Queue a tree's requests; returns the tree if it is finished."""
         self.queue.extend((growing, request) for request in requests)
         growing.outstanding += len(requests)
+        growing.num_expected += sum(_first_slots(request) for request in requests)
         tree = self.strategy.tree(growing.state)
         if tree is None:
             assert growing.outstanding, "the strategy waits for results it has not asked for"
@@ -136,6 +147,7 @@ class _Run:
             self._cancel(growing)
         self._free(growing)
         del self.growing[growing.index]
+        self.room.note(tree)
         self.engine.add_costs(CostLedger(unique_tokens=num_unique_tokens(tree)))
         return tree
 
@@ -147,12 +159,15 @@ class _Run:
             del self.submitted[request_id]
 
     def _submit(self) -> None:
-        if self.rng is None:
-            batch, self.queue = self.queue, []
-        else:
-            order = [self.queue[i] for i in self.rng.permutation(len(self.queue))]
-            count = int(self.rng.integers(1, len(order) + 1)) if order else 0
-            batch, self.queue = order[:count], order[count:]
+        if not self.queue:
+            return
+        served = self._served()
+        batch = [pair for pair in self.queue if pair[0].index in served]
+        self.queue = [pair for pair in self.queue if pair[0].index not in served]
+        if self.rng is not None and batch:
+            order = [batch[i] for i in self.rng.permutation(len(batch))]
+            count = int(self.rng.integers(1, len(order) + 1))
+            batch, self.queue = order[:count], order[count:] + self.queue
         for growing, request in batch:
             segments = growing.state.segments
             node = self._handle(growing, segments, request.parent)
@@ -162,6 +177,17 @@ class _Run:
             ), "the engine's path differs from the recorded one"
             request_id = self.engine.submit(node, request.spec, request.path_key)
             self.submitted[request_id] = (growing, request)
+
+    def _served(self) -> set[int]:
+        """Trees whose requests go to the engine: the oldest, as many as the pool can hold."""
+        served: set[int] = set()
+        left = self.engine.pool.num_slots
+        for index, growing in sorted(self.growing.items()):
+            left -= growing.num_tokens + growing.num_expected
+            if left < 0 and served:
+                break
+            served.add(index)
+        return served
 
     def _handle(self, growing: _Growing, segments: Sequence[Any], index: int) -> Node:
         """Engine node of an arena segment; what was sampled before is found by its tokens."""
@@ -185,6 +211,8 @@ class _Run:
             growing, request = self.submitted.pop(completion.request_id)
             self.engine.soften(completion.node)
             growing.segments.append(completion.node)
+            growing.num_tokens += len(completion.token_ids)
+            growing.num_expected -= _first_slots(request)
             results.append((growing, _result(request, completion)))
         if self.rng is not None:
             return [(results[i][0], [results[i][1]]) for i in self.rng.permutation(len(results))]
@@ -221,6 +249,10 @@ def _is_continued(tree: Tree, index: int, has_next: set[int]) -> bool:
         return True
     empty = [i for i, s in enumerate(tree.segments) if s.parent == index and not s.num_tokens]
     return any(_is_continued(tree, i, has_next) for i in empty)
+
+
+def _first_slots(request: ExtendRequest) -> int:
+    return min(MAX_EXTENT, request.spec.max_tokens)
 
 
 def _recorded_path(segments: Sequence[Any], index: int) -> np.ndarray:
