@@ -197,22 +197,20 @@ class Engine:
         """
         decoder = self._decoder
         mine = {self.submit(*item) for item in items}
-        others: list[Completion] = []
+        fetched: list[Completion] = []  # of others too, who will ask for theirs
         try:
             while mine:
-                completions = self.step()
-                for completion in completions:
-                    if completion.request_id in mine:
-                        mine.remove(completion.request_id)
-                        yield completion
-                    else:
-                        others.append(completion)
-                if not completions:
-                    mine &= decoder.unfinished  # the others were cancelled
+                fetched += self.step()
+                for completion in [c for c in fetched if c.request_id in mine]:
+                    fetched.remove(completion)
+                    mine.remove(completion.request_id)
+                    yield completion
+                # Whoever was cancelled meanwhile is not waited for.
+                mine &= decoder.unfinished
         finally:
+            decoder.done[:0] = fetched
             for request_id in mine:
                 self.cancel(request_id)
-            decoder.done[:0] = others
 
     # Drafts and scores.
 

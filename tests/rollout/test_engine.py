@@ -325,3 +325,29 @@ def test_an_engine_that_sleeps_says_so_and_handles_outlive_it():
     fresh = path_logprobs(engine.model, more.node.path_token_ids())[-3:]
     assert np.allclose(fresh, more.logprobs, atol=1e-5)
     engine.check_integrity()
+
+
+def test_closing_a_stream_lets_go_of_segments_that_finished_in_the_same_step():
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
+    stream = engine.extend([(node, ExtendSpec(max_tokens=3), key) for key in range(4)])
+    first = next(stream)  # all four finish in one step; three are not handed out yet
+    stream.close()
+    assert engine.is_idle
+    engine.free(first.node)
+    engine.free(node)
+    assert engine.tree.num_protected == 0
+    engine.check_integrity()
+
+
+def test_a_stream_leaves_other_requests_completions_to_whoever_asks_for_them():
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
+    other = engine.submit(node, ExtendSpec(max_tokens=2), 1)
+    stream = engine.extend(
+        [(node, ExtendSpec(max_tokens=2), 2), (node, ExtendSpec(max_tokens=2), 3)]
+    )
+    next(stream)
+    stream.close()
+    (found,) = engine.step()
+    assert found.request_id == other and engine.is_idle
