@@ -140,6 +140,9 @@ class Soak:
         path = tree.path(leaf)
         if any(tree.segments[i].policy_version != self.version for i in path[1:]):
             return
+        gauges = self.engine.gauges()
+        if len(tree.path_token_ids(leaf)) > gauges.slots_free + gauges.slots_cached:
+            return  # the other trees of this strategy hold the pool
         recorded = np.concatenate([tree.segments[i].logprobs for i in path])
         fresh = self.engine.score_path(tree.path_token_ids(leaf), tree.temperature)
         start = tree.segments[0].num_tokens

@@ -209,7 +209,7 @@ def test_whatever_weights_come_every_token_is_drawn_from_the_proved_ones_it_name
 @pytest.mark.long
 def test_the_same_for_long(folder, models):
     for seed in range(100, 120):
-        live(folder, models, seed, 400, random.Random(seed).choice([60, 80, 200, 512]))
+        live(folder, models, seed, 400, random.Random(seed).choice([64, 80, 200, 512]))
 
 
 def test_the_oracle_notices_an_engine_that_keeps_the_cache_of_older_weights(
