@@ -17,7 +17,12 @@ NAMES = {
     "rollout.strategies": ["Flat", "TreePO", "FlatSettings", "TreePOSettings", "STRATEGIES"],
     "trainers": ["PackedBatch", "TokenTree", "Learner", "LearnerSettings", "pack"],
     "trainers.losses": ["POLICY_LOSSES", "ppo_clip", "reinforce", "nll"],
-    "treepo.advantages": ["ADVANTAGES", "treepo", "grpo", "rloo", "filter_groups"],
+    "treepo.advantages": [
+        *("ADVANTAGES", "estimate", "filter_groups", "spread_over_leaves", "spread_over_segments"),
+        *("treepo", "treepo_size_weighted", "treepo_drop_degenerate", "treepo_no_root"),
+        *("treepo_loo", "tree_grpo", "treerl", "spo", "treerpo", "sibling", "child_minus_parent"),
+        *("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"),
+    ],
     "rewards": ["RewardPool", "RewardSettings", "RewardItem", "RewardResult"],
     "rewards.registry": ["REWARDS"],
 }

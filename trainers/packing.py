@@ -34,13 +34,17 @@ _LEAF_FIELDS = ("leaf_advantage", "leaf_weight", "leaf_num_tokens", "leaf_reward
 
 
 def pack(
-    mini_batch: Sequence[TokenTree], max_tokens: int, num_ranks: int
+    mini_batch: Sequence[TokenTree],
+    max_tokens: int,
+    num_ranks: int,
+    denominator: float | None = None,
 ) -> list[list[PackedBatch]]:
     """Distribute one update's trees over ranks and micro-batches.
 
     Args:
         mini_batch: all trees of one optimiser step, of all ranks.
         max_tokens: most tokens of a row.
+        denominator: what the loss is divided by; the trees' total weight unless given.
 
     Returns:
         For each rank its rows; equally many on every rank, at least one. Deterministic.
@@ -58,7 +62,7 @@ def pack(
             "it to at least "
             f"{mini_batch[index].num_tokens}, or sample fewer or shorter responses"
         )
-    denominator = total_weight(mini_batch)
+    denominator = total_weight(mini_batch) if denominator is None else denominator
     rows = _balance(sizes, limit, num_ranks)
     packed = [_row([mini_batch[i] for i in row], denominator) for row in rows]
     # Neighbours in the list are about equally heavy, so all ranks are busy at the same time.

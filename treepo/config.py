@@ -14,12 +14,13 @@ from typing import Any
 from rewards.settings import RewardSettings
 from rollout.settings import EngineSettings
 from trainers.settings import LearnerSettings
-from treepo.algorithm_settings import AdvantageSettings
+from treepo.algorithm_settings import AdvantageSettings, is_node_level, leaf_level_estimators
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
 from treepo.tracking_settings import TrackingSettings
 
 ASSET_PREFIX = "asset:"
+SEQUENCE_LEVEL_LOSSES = ("gspo",)
 WEIGHT_TRANSPORTS = ("object_store", "group")
 
 
@@ -161,6 +162,7 @@ class TrainConfig:
                 "train on; lower the one or raise the other"
             )
         self._check_lengths()
+        check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -205,6 +207,21 @@ def strategy_settings(config: TrainConfig) -> tuple[str, Any]:
         )
     settings_class = STRATEGIES.get(name).Settings
     return name, settings_from(settings_class, values, where=f"rollout (strategy {name})")
+
+
+def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
+    """A loss with one term a response needs one advantage a response.
+
+    Raises:
+        ValueError: the estimator gives a response's segments different ones.
+    """
+    if policy_loss in SEQUENCE_LEVEL_LOSSES and is_node_level(algorithm.adv_estimator):
+        raise ValueError(
+            f"trainer.learner.policy_loss.name={policy_loss!r} needs one advantage a response, but "
+            f"algorithm.adv_estimator={algorithm.adv_estimator!r} gives each segment its own: "
+            f"choose a loss of tokens such as 'ppo_clip', or one of the estimators "
+            f"{', '.join(leaf_level_estimators())}"
+        )
 
 
 def require(field_name: str, value: object, ok: bool, allowed: str) -> None:

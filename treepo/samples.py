@@ -66,21 +66,22 @@ def token_tree(
 def flat_token_trees(
     group: ScoredTree, advantages: TreeAdvantages, *, drop_untrained: bool = False
 ) -> list[TokenTree]:
-    """One sequence per leaf, prompt and shared tokens repeated, as flat training has it.
-
-    Only for estimators that give a leaf one advantage for all of its tokens: it reads
-    ``leaf_advantage`` and ``leaf_weight``.
+    """One sequence per leaf, prompt and shared tokens repeated, as flat training has it. At node
+    level each takes the advantages of the segments on its path.
     """
-    sampled = np.array([segment.sampled for segment in group.tree.segments], dtype=np.float64)
+    tree = group.tree
+    sampled = np.array([segment.sampled for segment in tree.segments], dtype=np.float64)
     sequences = []
     for row, weight in enumerate(advantages.leaf_weight):
         if drop_untrained and weight == 0:
             continue
-        weighted = weight * advantages.leaf_advantage[row]
+        by_segment = advantages.segment_advantage
+        if by_segment is None:
+            by_segment = np.full(len(tree.segments), advantages.leaf_advantage[row])
         of_leaf = replace(
             advantages,
-            advantage_pos=sampled * max(weighted, 0.0),
-            advantage_neg=sampled * min(weighted, 0.0),
+            advantage_pos=sampled * weight * np.maximum(by_segment, 0.0),
+            advantage_neg=sampled * weight * np.minimum(by_segment, 0.0),
             weight=sampled * weight,
         )
         sequences.append(_lay_out(group, of_leaf, np.array([row])))

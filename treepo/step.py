@@ -16,7 +16,7 @@ from rollout.tree import Tree
 from trainers.batch import PackedBatch, TokenTree
 from trainers.packing import pack
 from treepo.base.keys import Purpose, root_key, uniform
-from treepo.config import TrainConfig
+from treepo.config import TrainConfig, strategy_settings
 from treepo.data import Problem
 from treepo.step_metrics import response_lengths
 from treepo.text import Decoder
@@ -85,12 +85,25 @@ def mini_batches(
         draws = [uniform(key, epoch * len(trees) + i, Purpose.BRANCH) for i in range(len(trees))]
         order = np.argsort(draws)
         for share in np.array_split(order, min(wanted, len(trees))):
+            update = [trees[i] for i in share]
             updates.append(
                 pack(
-                    [trees[i] for i in share],
+                    update,
                     trainer.learner.max_tokens_per_micro_batch,
                     config.cluster.num_learner_ranks,
+                    loss_denominator(update, config),
                 )
             )
     ranks = range(config.cluster.num_learner_ranks)
     return [[update[rank] for update in updates] for rank in ranks]
+
+
+def loss_denominator(update: Sequence[TokenTree], config: TrainConfig) -> float | None:
+    """What an update's loss is divided by under ``algorithm.loss_weighting='fixed_length'``: its
+    trained responses times rollout.max_response_length, a constant in place of their lengths
+    (Dr. GRPO, arXiv 2503.20783). None, the update's total weight, under the others.
+    """
+    if config.algorithm.loss_weighting != "fixed_length":
+        return None
+    responses = sum(int((tree.leaf_weight > 0).sum()) for tree in update)
+    return float(max(responses, 1) * strategy_settings(config)[1].max_response_length)

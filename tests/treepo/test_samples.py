@@ -152,10 +152,11 @@ def test_depth_first_invariants_hold_on_random_trees(seed):
 
 
 @pytest.mark.parametrize("weighting", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("seed", range(15))
-def test_a_shared_token_carries_the_sum_of_its_flat_copies(seed, weighting):
+@pytest.mark.parametrize("estimator", ["treepo", "spo", "treerl", "treerpo"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_shared_token_carries_the_sum_of_its_flat_copies(seed, estimator, weighting):
     group = random_group(np.random.default_rng(100 + seed))
-    (advantages,) = advantages_of(group, loss_weighting=weighting)
+    (advantages,) = advantages_of(group, adv_estimator=estimator, loss_weighting=weighting)
     tokens = token_tree(group, advantages)
     flat = flat_token_trees(group, advantages)
     sums = {
@@ -177,6 +178,26 @@ def test_a_shared_token_carries_the_sum_of_its_flat_copies(seed, weighting):
             assert torch.equal(getattr(tokens, name)[row : row + 1], getattr(sequence, name))
     for name, total in sums.items():
         torch.testing.assert_close(getattr(tokens, name), total, atol=1e-5, rtol=1e-5)
+
+
+def test_at_node_level_a_flat_row_takes_its_segments_advantages():
+    """V is 1/3 at the prompt, 1/2 at [1 2]: leaves 9, 3 and 4 4 by SPO."""
+    group = example()
+    (advantages,) = advantages_of(group, adv_estimator="spo")
+    other, win, loss = flat_token_trees(group, advantages)
+    third, sixth = 1 / 3, 1 / 6
+    for row, expected in (
+        (other, [0, 0, -third]),
+        (win, [0, 0, sixth, sixth, 0.5]),
+        (loss, [0, 0, sixth, sixth, -0.5, -0.5]),
+    ):
+        torch.testing.assert_close(row.advantage_pos + row.advantage_neg, torch.tensor(expected))
+        assert (row.advantage_pos >= 0).all() and (row.advantage_neg <= 0).all()
+    tree = token_tree(group, advantages)  # in order: 5 6, 1 2, 3, 4 4, 9
+    torch.testing.assert_close(
+        tree.advantage_pos + tree.advantage_neg,
+        torch.tensor([0, 0, third, third, 0.5, -0.5, -0.5, -third]),
+    )
 
 
 def test_prompt_and_forced_tokens_carry_exactly_nothing():

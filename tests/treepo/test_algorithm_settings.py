@@ -1,0 +1,103 @@
+"""A wrong combination of settings says which one is right."""
+
+import pytest
+
+from treepo.algorithm_settings import (
+    ADVANTAGES,
+    ESTIMATOR_TRAITS,
+    NORMALISATIONS,
+    AdvantageSettings,
+    leaf_level_estimators,
+)
+from treepo.cli import compose
+from treepo.config import TrainConfig, check_levels
+from treepo.names import check_names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(normalisation="std"), "normalisation='std'.*auto, tree, batch, leaves, tokens"),
+        (dict(loss_weighting="token"), "loss_weighting='token'.*token_mean"),
+        (dict(filter_groups_metric="accuracy"), "filter_groups_metric='accuracy'.*acc"),
+        (dict(adv_eps=0.0), "adv_eps=0.0"),
+        (dict(norm_adv_by_std_in_grpo=False), "treepo.*normalisation='none'.*'grpo'"),
+        (
+            dict(norm_adv_by_std_in_grpo=False, adv_estimator="rloo"),
+            "not used by adv_estimator='rloo': leave it out and set normalisation='none'",
+        ),
+        (
+            dict(norm_adv_by_std_in_grpo=False, adv_estimator="reinforce_pp"),
+            "leave it out, or choose adv_estimator='grpo'",
+        ),
+        (
+            dict(norm_adv_by_std_in_grpo=False, adv_estimator="grpo", normalisation="batch"),
+            "no use for normalisation='batch'",
+        ),
+        (
+            dict(adv_estimator="dr_grpo", normalisation="tree"),
+            "'tree' is not used by adv_estimator='dr_grpo': choose 'none', or leave it at 'auto'",
+        ),
+        (
+            dict(adv_estimator="reinforce_pp", normalisation="tree"),
+            "choose 'leaves' or 'batch' or 'tokens' or 'release'.*'auto', which is 'leaves'",
+        ),
+        (dict(adv_estimator="spo", normalisation="leaves"), "not used by adv_estimator='spo'"),
+        (dict(adv_estimator="tree_grpo", normalisation="batch"), "choose 'tree' or 'none'"),
+        (
+            dict(adv_estimator="dr_grpo", loss_weighting="sequence_mean"),
+            "loss_weighting='fixed_length'.*'token_mean'.*adv_estimator='grpo'",
+        ),
+        (dict(treerl_sqrt_leaves=False), "not used by adv_estimator='treepo'.*'treerl'"),
+        (dict(max_num_gen_batches=0), "max_num_gen_batches=0.*>= 1"),
+        (dict(max_num_gen_batches=3), "filter_groups=True"),
+    ],
+)
+def test_settings_that_contradict_themselves_say_what_to_change(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdvantageSettings(**changes)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATOR_TRAITS)
+def test_every_estimator_can_be_chosen_by_its_name_alone(estimator):
+    config = compose(
+        "train", TrainConfig, ["+experiment=quickstart", f"algorithm.adv_estimator={estimator}"]
+    )
+    check_names(config)
+    assert config.algorithm.divides_by == ESTIMATOR_TRAITS[estimator].auto
+    assert ADVANTAGES.get(estimator).__name__ == estimator
+    assert ADVANTAGES.get(estimator).__doc__
+
+
+@pytest.mark.parametrize("estimator", ESTIMATOR_TRAITS)
+def test_every_estimator_takes_its_normalisations_and_refuses_the_others(estimator):
+    uses = ESTIMATOR_TRAITS[estimator].uses
+    for normalisation in NORMALISATIONS:
+        settings = dict(adv_estimator=estimator, normalisation=normalisation)
+        if normalisation in ("auto", *uses):
+            AdvantageSettings(**settings)
+        else:
+            with pytest.raises(ValueError, match=f"not used by adv_estimator='{estimator}'"):
+                AdvantageSettings(**settings)
+
+
+def test_switching_grpos_division_off_is_no_normalisation():
+    settings = AdvantageSettings(adv_estimator="grpo", norm_adv_by_std_in_grpo=False)
+    assert settings.divides_by == "none"
+
+
+@pytest.mark.parametrize("estimator", ESTIMATOR_TRAITS)
+def test_a_loss_of_whole_responses_refuses_advantages_that_differ_along_them(estimator):
+    settings = AdvantageSettings(adv_estimator=estimator)
+    check_levels(settings, "ppo_clip")
+    if estimator in leaf_level_estimators():
+        check_levels(settings, "gspo")
+    else:
+        with pytest.raises(ValueError, match=f"'{estimator}' gives each segment.*treepo_loo"):
+            check_levels(settings, "gspo")
+
+
+def test_that_refusal_comes_when_the_configuration_is_built():
+    overrides = ["trainer.learner.policy_loss.name=gspo", "algorithm.adv_estimator=spo"]
+    with pytest.raises(ValueError, match="policy_loss.name='gspo'.*choose a loss of tokens"):
+        compose("train", TrainConfig, ["+experiment=quickstart", *overrides])
