@@ -123,7 +123,7 @@ def brute_force(scored, estimator):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("estimator", ["spo", "treerl", "child_minus_parent", "sibling", "treerpo"])
 def test_node_advantages_agree_with_their_definitions_on_random_trees(estimator, seed):
-    scored = random_group(np.random.default_rng(seed), num_segments=18, forced=0.1)
+    scored = random_group(np.random.default_rng(seed), num_segments=18, shortest=1, forced=0.1)
     settings = dict(treerl_sqrt_leaves=False) if estimator == "treerl" else {}
     (advantage,) = segment_advantages(
         [scored], adv_estimator=estimator, normalisation="none", **settings
