@@ -27,6 +27,25 @@ def qwen3_7m(*, dtype: str = "float32", max_position: int = 4096) -> PreTrainedM
     return _random(config, dtype)
 
 
+def qwen3_of_width(width: int, *, num_layers: int, vocab: int = 4096) -> PreTrainedModel:
+    """A Qwen3 of ``width`` with heads of 64 numbers, two query heads a key head; float32."""
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return _random(config, "float32")
+
+
 def qwen2_half_billion(*, num_layers: int, dtype: str = "float32") -> PreTrainedModel:
     """Qwen2.5-0.5B's shape (which has 24 layers) with ``num_layers``."""
     config = Qwen2Config(

@@ -18,6 +18,7 @@ RATIOS = {
     "sampler": {"vs_textbook", "vs_transformers", "worst_vs_textbook"},
     "rollout_vs_transformers": {"vs_generate", "vs_generate_batch", "worst_vs_best_peer"},
     "tree_vs_flat": {"trajectories_per_s", "tokens_per_s", "query_tokens", "kv_over_unique"},
+    "tree_training": {"speedup", "token_ratio", "flat_overhead", "gradient_error"},
     "weight_sync": {"vs_tensors", "private_bytes_over_weights"},
     "host_overhead": {"host_share", "host_and_sampling_share"},
 }
@@ -82,3 +83,11 @@ def test_the_comparison_of_roads_for_weights_runs_and_shared_memory_takes_no_pri
     assert counts["buckets"] == 1 and counts["transfers"] == 3 * (3 + 1)
     assert counts["weight_bytes"] == 2 * sum(p.numel() for p in qwen3_7m().parameters())
     assert report["ratios"]["private_bytes_over_weights"]["object_store"] < 0.5
+
+
+@pytest.mark.long
+def test_the_comparison_of_training_on_trees_and_paths_runs_and_gradients_are_equal(tmp_path):
+    report = quick_run("tree_training", tmp_path)
+    assert report["ratios"]["gradient_error"] < 1e-4
+    for counts in report["counts"].values():
+        assert counts["pairs"]["tree"] == counts["pairs"]["visible"] <= counts["pairs"]["flat"]

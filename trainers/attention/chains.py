@@ -1,31 +1,27 @@
-"""Training attention over a packed row of token trees, without a mask over the whole row.
+"""Attention over a packed row by batched rectangles with masks: any layer, any device.
 
-The row's tokens stand in depth-first preorder, so each is seen by one interval of queries
-(``k <= q < visible_until[k]``). The row falls into *chains*: maximal runs in which every token is
-the parent of the next (one chain a leaf). All tokens of a chain see the chain's ancestors and the
-chain itself up to themselves: the keys of a chain are a path of its tree, and on a path the mask is
-plain causal. So a chain is one small rectangle of queries by path tokens; nothing invisible is
-computed but the triangle inside. Long chains are cut, rectangles of about equal size are padded and
-run as one batched call of ``scaled_dot_product_attention``, and the index plan is made once a row
-for all layers.
+The row falls into *chains*: maximal runs in which every token is the parent of the next (one chain
+a leaf). All tokens of a chain see the chain's ancestors and the chain itself up to themselves: the
+keys of a chain are a path of its tree, and on a path the mask is plain causal. So a chain is one
+small rectangle of queries by path tokens; nothing invisible is computed but the triangle inside.
+Long chains are cut, rectangles of about equal size are padded and run as one batched call of
+``scaled_dot_product_attention``, and the index plan is made once a row for all layers.
 
-The function is registered with transformers under the name ``packed_tree`` and receives the row as
-the keyword ``packed_tree`` of the model's forward. It is plain torch and runs on any device.
+It serves windows, soft caps, sinks, values of another size than keys, and devices other than the
+CPU; ``nodes`` is faster where it applies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 
-NAME = "packed_tree"
+from trainers.attention.variant import Variant
 
 _QUERIES_A_PIECE = 256  # chains are cut to this many queries: halves the causal triangle's waste
 _PAIRS_A_CALL = 1 << 22  # query-key pairs of one call: bounds the memory of its mask and gathers
@@ -75,7 +71,7 @@ class _Rectangles:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
+class Plan:
     """All calls of a layer, and where each token's output is in their concatenated rows."""
 
     calls: tuple[_Rectangles, ...]
@@ -86,26 +82,23 @@ class _Plan:
         return sum(call.num_pairs for call in self.calls) <= _PAIRS_KEPT
 
 
-@dataclass(slots=True, eq=False)
-class PackedTreeContext:
-    """What attention needs to know of one row; made once a forward, shared by all layers."""
+class ChainPlans:
+    """The calls of a row by window, and their masks, made once for all layers."""
 
-    visible_until: torch.Tensor  # int64 [T]
-    position_ids: torch.Tensor  # int64 [T]
-    device: torch.device
-    _plans: dict[int | None, _Plan] = field(default_factory=dict)
-    _biases: dict[tuple[int | None, torch.dtype, int], list[torch.Tensor]] = field(
-        default_factory=dict
-    )
+    def __init__(
+        self, visible_until: np.ndarray, positions: np.ndarray, device: torch.device
+    ) -> None:
+        self._visible_until = visible_until
+        self._positions = positions
+        self._device = device
+        self._plans: dict[int | None, Plan] = {}
+        self._biases: dict[tuple[int | None, torch.dtype, int], list[torch.Tensor]] = {}
 
-    def plan(self, window: int | None) -> _Plan:
+    def plan(self, window: int | None) -> Plan:
         """The calls of a layer with this window (in tokens; None: sees everything before it)."""
         if window not in self._plans:
             self._plans[window] = _make_plan(
-                self.visible_until.cpu().numpy(),
-                self.position_ids.cpu().numpy(),
-                window,
-                self.device,
+                self._visible_until, self._positions, window, self._device
             )
         return self._plans[window]
 
@@ -119,52 +112,17 @@ class PackedTreeContext:
         return self._biases[key]
 
 
-def register() -> None:
-    """Make ``attn_implementation="packed_tree"`` known to transformers."""
-    AttentionInterface.register(NAME, packed_tree_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Transformers' mask hook: the row's own structure is the mask."""
-    return None
-
-
-def packed_tree_attention(
-    module: torch.nn.Module,
+def chain_attention(
     query: torch.Tensor,  # [1, H, T, D]
     key: torch.Tensor,  # [1, Hkv, T, D]
     value: torch.Tensor,  # [1, Hkv, T, Dv]
-    attention_mask: torch.Tensor | None,
-    *,
-    packed_tree: PackedTreeContext | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of every token to its ancestors and itself (within the layer's window).
-
-    Returns:
-        The output [1, T, H, Dv] and no attention weights.
-    """
-    if packed_tree is None:
-        raise ValueError(
-            "attention 'packed_tree' needs the row: call the model with packed_tree=context(batch)"
-        )
-    if position_bias is not None or attention_mask is not None:
-        raise ValueError(
-            f"{type(module).__name__} adds a position bias or a mask of its own to attention "
-            "scores, which training on token trees doesn't support; choose another model"
-        )
-    assert dropout == 0.0, "attention dropout must be switched off"
-    assert query.shape[0] == 1, f"one packed row at a time, got a batch of {query.shape[0]}"
+    plans: ChainPlans,
+    variant: Variant,
+) -> torch.Tensor:
+    """[1, T, H, Dv]."""
     num_tokens, value_dim = query.shape[2], value.shape[3]
     groups = query.shape[1] // key.shape[1]
-    plan = packed_tree.plan(sliding_window)
+    plan = plans.plan(variant.window)
 
     def rows(states: torch.Tensor) -> torch.Tensor:  # [1, h, T, d] -> [T, h * d]
         return states[0].transpose(0, 1).reshape(num_tokens, -1)
@@ -183,13 +141,13 @@ def packed_tree_attention(
         v = F.embedding(call.keys, value_rows).unflatten(-1, (-1, value_dim)).transpose(1, 2)
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, groups * Q, D]
         mask = call.bias(query.dtype, groups) if bias is None else bias
-        out = _attend(q, k, v, mask, scaling, softcap, s_aux)
+        out = _attend(q, k, v, mask, variant)
         out = out.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4)
         return out.reshape(call.queries.numel(), -1)
 
     states = (rows(query), rows(key), rows(value))
     if plan.is_kept:
-        biases = packed_tree.kept_biases(sliding_window, query.dtype, groups)
+        biases = plans.kept_biases(variant.window, query.dtype, groups)
         outputs = [run(*each, *states) for each in zip(plan.calls, biases, strict=True)]
     elif torch.is_grad_enabled():
         outputs = [
@@ -200,7 +158,7 @@ def packed_tree_attention(
         outputs = [run(call, None, *states) for call in plan.calls]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     output = F.embedding(plan.output_row, joined)
-    return output.view(1, num_tokens, -1, value_dim), None
+    return output.view(1, num_tokens, -1, value_dim)
 
 
 def _attend(
@@ -208,14 +166,13 @@ def _attend(
     key: torch.Tensor,  # [B, Hkv, K, D]
     value: torch.Tensor,  # [B, Hkv, K, Dv]
     bias: torch.Tensor,  # [B, 1, groups * Q, K]
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,  # [H]
+    variant: Variant,
 ) -> torch.Tensor:
     """[B, Hkv, groups * Q, Dv]."""
+    scaling, softcap, sinks = variant.scaling, variant.softcap, variant.sinks
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + bias
@@ -233,7 +190,7 @@ def _attend(
 
 def _make_plan(
     visible_until: np.ndarray, positions: np.ndarray, window: int | None, device: torch.device
-) -> _Plan:
+) -> Plan:
     pieces = _cut_into_pieces(visible_until, positions, window)
     calls, output_row, used = [], np.empty(len(visible_until), np.int64), 0
     for group in _group(pieces):
@@ -263,7 +220,7 @@ def _make_plan(
                 key_position=torch.from_numpy(key_position).to(device),
             )
         )
-    return _Plan(tuple(calls), torch.from_numpy(output_row).to(device))
+    return Plan(tuple(calls), torch.from_numpy(output_row).to(device))
 
 
 def _cut_into_pieces(

@@ -1,0 +1,113 @@
+"""The attention function that transformers calls, and what it knows of the row.
+
+On a CPU, layers that see all of their path go to ``nodes``; windows that cut a path, soft caps,
+sinks and values of another size than keys to ``chains``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from trainers.attention import nodes
+from trainers.attention.chains import ChainPlans, chain_attention
+from trainers.attention.variant import Variant
+
+NAME = "packed_tree"
+
+
+@dataclass(eq=False)
+class PackedTreeContext:
+    """What attention needs to know of one row; made once a forward, shared by all layers."""
+
+    visible_until: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [T]
+    device: torch.device
+
+    @cached_property
+    def chains(self) -> ChainPlans:
+        return ChainPlans(*self._arrays, self.device)
+
+    @cached_property
+    def nodes(self) -> nodes.NodePlan:
+        return nodes.make_plan(self._arrays[0])
+
+    def binding(self, window: int | None) -> int | None:
+        """The window, or None where no path of the row is as long."""
+        if window is None or self._arrays[1].max() < window:
+            return None
+        return window
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.visible_until.cpu().numpy(), self.position_ids.cpu().numpy()
+
+
+def register() -> None:
+    """Make ``attn_implementation="packed_tree"`` known to transformers."""
+    AttentionInterface.register(NAME, packed_tree_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Transformers' mask hook: the row's own structure is the mask."""
+    return None
+
+
+def packed_tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, H, T, D]
+    key: torch.Tensor,  # [1, Hkv, T, D]
+    value: torch.Tensor,  # [1, Hkv, T, Dv]
+    attention_mask: torch.Tensor | None,
+    *,
+    packed_tree: PackedTreeContext | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of every token to its ancestors and itself (within the layer's window).
+
+    Returns:
+        The output [1, T, H, Dv] and no attention weights.
+    """
+    if packed_tree is None:
+        raise ValueError(
+            "attention 'packed_tree' needs the row: call the model with packed_tree=context(batch)"
+        )
+    if position_bias is not None or attention_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias or a mask of its own to attention "
+            "scores, which training on token trees doesn't support; choose another model"
+        )
+    assert dropout == 0.0, "attention dropout must be switched off"
+    assert query.shape[0] == 1, f"one packed row at a time, got a batch of {query.shape[0]}"
+    variant = Variant(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=packed_tree.binding(sliding_window),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    if _fits_nodes(query, value, variant) and packed_tree.nodes.is_worthwhile:
+        plan = packed_tree.nodes
+        return nodes.node_attention(query, key, value, plan, variant.scaling), None
+    return chain_attention(query, key, value, packed_tree.chains, variant), None
+
+
+def _fits_nodes(query: torch.Tensor, value: torch.Tensor, variant: Variant) -> bool:
+    return (
+        query.device.type == "cpu"
+        and value.shape[3] == query.shape[3]
+        and variant.window is None
+        and variant.softcap is None
+        and variant.sinks is None
+    )
