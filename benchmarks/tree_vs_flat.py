@@ -91,7 +91,7 @@ class Workload:
             max_depth=self.depth,
             initial_divergence_min=DIVERGENCE,
             initial_divergence_max=DIVERGENCE,
-            fallback="random_segment" if stops else "none",
+            fallback="random" if stops else "none",
             repetition_count=0,
         )
         return {TREE: TreePO(tree), FLAT: Flat(FlatSettings(**shared))}

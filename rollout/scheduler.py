@@ -31,7 +31,8 @@ class _Growing:
     """A tree in the making.
 
     Attributes:
-        handles: engine node of each arena segment that was asked for.
+        handles: engine node of each place that was asked for: (path key of the segment that ends
+            there, depth in tokens). Indices shift when a strategy cuts a segment; places stay.
         segments: engine nodes of sampled segments, kept so that what was computed is found again.
         num_tokens: of the tree so far.
         num_expected: slots that its outstanding requests take at first.
@@ -39,7 +40,7 @@ class _Growing:
 
     index: int
     state: Any
-    handles: dict[int, Node] = field(default_factory=dict)
+    handles: dict[tuple[int, int], Node] = field(default_factory=dict)
     segments: list[Node] = field(default_factory=list)
     outstanding: int = 0
     num_tokens: int = 0
@@ -191,16 +192,17 @@ class _Run:
 
     def _handle(self, growing: _Growing, segments: Sequence[Any], index: int) -> Node:
         """Engine node of an arena segment; what was sampled before is found by its tokens."""
-        if index not in growing.handles:
-            segment = segments[index]
+        segment = segments[index]
+        place = segment.path_key, len(_recorded_path(segments, index))
+        if place not in growing.handles:
             if segment.parent < 0:
                 node = self.engine.prefill(segment.token_ids)
             else:
                 parent = self._handle(growing, segments, segment.parent)
                 node = self.engine.append(parent, segment.token_ids)
             self.engine.soften(node)
-            growing.handles[index] = node
-        return growing.handles[index]
+            growing.handles[place] = node
+        return growing.handles[place]
 
     def _deliveries(
         self, completions: Sequence[Completion]
@@ -225,8 +227,10 @@ class _Run:
         """Drop all the tree's keys and values but its prompt's, which stay as cache."""
         for node in reversed(growing.segments):
             self.engine.free(node, drop=True)
-        for index in sorted(growing.handles, reverse=True):
-            self.engine.free(growing.handles[index], drop=index > 0)
+        root = growing.state.segments[0].path_key
+        deepest_first = sorted(growing.handles.items(), key=lambda item: -item[0][1])
+        for (path_key, _), node in deepest_first:
+            self.engine.free(node, drop=path_key != root)
         growing.segments.clear()
         growing.handles.clear()
 

@@ -23,8 +23,10 @@ class Segment:
         parent: index in ``Tree.segments``, always smaller than the segment's own; -1 for the root
             (the prompt).
         level: TreePO's segment level, 0 for the prompt; not changed by radix splits, cuts or
-            version changes.
-        path_key: names every random draw of the segment, with the position.
+            version changes. The pieces of a segment that a fallback cut inside have its level, and
+            so has what was sampled in place of the later piece.
+        path_key: names every random draw of the segment, with the position. Pieces of a cut segment
+            share it.
         token_ids: int32.
         logprobs: float32, of each token under softmax(logits / temperature); zeros where not
             sampled.

@@ -3,7 +3,8 @@
 A line has ``problem_id``, ``temperature``, ``counters`` (branches, fallbacks, restarts) and:
 
 * ``nodes``, the tree's segments in topological order, the prompt first: ``parent`` (index in this
-  list, -1 for the prompt), ``level``, ``path_key`` (16 hex digits), ``text`` (of the segment alone,
+  list, -1 for the prompt), ``level``, ``path_key`` (16 hex digits; pieces of a
+  segment that a fallback cut inside share it), ``text`` (of the segment alone,
   without special tokens; a character cut by its end shows as the replacement character),
   ``token_ids``, ``logprobs`` (under the temperature alone), ``sampling_logprobs`` (under the
   behaviour policy), ``sampled`` (false: prompt or forced), ``version`` (of the policy),

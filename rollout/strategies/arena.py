@@ -4,7 +4,10 @@ requests.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,13 +70,96 @@ def response_token_ids(segments: Sequence[Segment], index: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
+def response_logprobs(segments: Sequence[Segment], index: int) -> np.ndarray:
+    """Log-probs of the tokens below the prompt on the path to ``index``, float32."""
+    parts = [segments[i].logprobs for i in path(segments, index)[1:]]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
 def leaves(segments: Sequence[Segment]) -> tuple[int, ...]:
     """Arena indices of finished trajectories' last segments, ascending."""
     return tuple(i for i, segment in enumerate(segments) if segment.finish_reason)
 
 
+def heads(segments: Sequence[Segment]) -> set[int]:
+    """Arena indices of pieces of a cut segment that another piece of it follows."""
+    return {
+        segment.parent
+        for segment in segments[1:]
+        if segment.path_key == segments[segment.parent].path_key
+    }
+
+
+def num_forks(segments: Sequence[Segment]) -> Counter[int]:
+    """How many segments were asked for below each path key. The pieces of a cut segment have one
+    key and count their children together, so that all children's keys differ.
+    """
+    parent_keys = [(segments[s.parent].path_key, s.path_key) for s in segments[1:]]
+    return Counter(parent for parent, own in parent_keys if parent != own)
+
+
+def place_of(segments: Sequence[Segment], leaf: int, kept: int) -> tuple[int, int]:
+    """Where the first ``kept`` tokens of a response end: (arena index, tokens of that segment that
+    belong to them).
+    """
+    left = kept
+    root, *below = path(segments, leaf)
+    if kept == 0:
+        return root, segments[root].num_tokens
+    for index in below:
+        if left <= segments[index].num_tokens:
+            return index, left
+        left -= segments[index].num_tokens
+    raise AssertionError(f"kept={kept} is more than the response")
+
+
+def cut(
+    segments: Sequence[Segment], places: Sequence[tuple[int, int]]
+) -> tuple[tuple[Segment, ...], list[int]]:
+    """Split segments so that one ends at each of ``places`` (arena index, tokens of it, >= 1).
+
+    The pieces of a segment keep its path key and level: its draws were named by the key and the
+    depth in tokens, which stay the same. The last piece keeps its children and finish reason.
+
+    Returns:
+        the arena, in topological order, and the index in it of the segment that ends at each place.
+    """
+    inner: dict[int, set[int]] = {}
+    for index, offset in places:
+        assert 1 <= offset <= segments[index].num_tokens, f"no token {offset} in segment {index}"
+        if offset < segments[index].num_tokens:
+            inner.setdefault(index, set()).add(offset)
+    arena: list[Segment] = []
+    last: list[int] = []  # new index of each old segment's last piece
+    ends: dict[tuple[int, int], int] = {}
+    for index, segment in enumerate(segments):
+        parent = last[segment.parent] if index else -1
+        offsets = [0, *sorted(inner.get(index, ())), segment.num_tokens]
+        for start, end in pairwise(offsets):
+            ends[index, end] = len(arena)
+            arena.append(_piece(segment, parent, start, end))
+            parent = len(arena) - 1
+        last.append(parent)
+    return tuple(arena), [ends[place] for place in places]
+
+
+def _piece(segment: Segment, parent: int, start: int, end: int) -> Segment:
+    return replace(
+        segment,
+        parent=parent,
+        token_ids=segment.token_ids[start:end],
+        logprobs=segment.logprobs[start:end],
+        sampling_logprobs=segment.sampling_logprobs[start:end],
+        finish_reason=segment.finish_reason if end == segment.num_tokens else "",
+    )
+
+
 def extend_spec(
-    settings: SamplingSettings, max_tokens: int, num_response_tokens: int = 0
+    settings: SamplingSettings,
+    max_tokens: int,
+    num_response_tokens: int = 0,
+    *,
+    wants_entropy: bool = False,
 ) -> ExtendSpec:
     """One segment by a strategy's settings.
 
@@ -92,6 +178,7 @@ def extend_spec(
         stop_token_sequences=tuple(map(tuple, settings.stop_token_sequences)),
         stop_strings=tuple(settings.stop_strings),
         num_response_tokens=num_response_tokens,
+        wants_entropy=wants_entropy,
     )
 
 

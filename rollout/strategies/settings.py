@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field
 
-from treepo.base.registry import Registry
+from rollout.strategies.rules import (
+    BRANCHING_SCHEDULES,
+    BRANCHING_SCORES,
+    BRANCHINGS,
+    BUDGETS,
+    FALLBACK_CUTS,
+    FALLBACKS,
+    PAPER_TEMPERATURES,
+    SOFTMAX_BLOCK,
+)
 
 FINISH_POLICIES = ("eos", "boxed_and_eos", "boxed_as_eos")
 NO_FALLBACK = "none"
-
-# name -> rule that shares a budget among active paths (see rollout.strategies.branching)
-BRANCHINGS: Registry[Any] = Registry(
-    "branching rule", builtin={"even": "rollout.strategies.branching:even"}
-)
-# name -> rule that picks where finished trajectories are cut (see rollout.strategies.fallback)
-FALLBACKS: Registry[Any] = Registry(
-    "fallback rule", builtin={"random_segment": "rollout.strategies.fallback:random_segment"}
-)
+_BLOCK_CUTS = ("block_softmax", "block_softmax_inverse", "misaligned")
 
 
 @dataclass
@@ -99,8 +99,28 @@ class TreePOSettings(SamplingSettings):
     max_depth: int = 14  # d: segments of a path at most
     initial_divergence_min: int = 2  # paths that leave the prompt: uniform per prompt between
     initial_divergence_max: int = 2  # these two, both included; equal values fix it
-    branching: str = "even"  # how the budget of a level is shared among its active paths
-    fallback: str = "random_segment"  # where to go on when all paths ended early, or 'none'
+    # how the budget of a level is shared among its active paths: even, low_logprob, high_logprob or
+    # entropy (improbable, probable or uncertain paths get more)
+    branching: str = "even"
+    # of low_logprob and high_logprob: last_segment (mean over it), mean (over the response) or
+    # cumulative
+    branching_score: str = "last_segment"
+    # temperature of all but even over the levels: constant [T], linear [first, last] or sinusoidal
+    # [ends, middle]; empty: the paper's, [2], [5, 1] and [0.5, 10]
+    branching_schedule: str = "constant"
+    branching_temperature: list[float] = field(default_factory=list)
+    # what limits the paths: width (n alone), level_tokens (budget_tokens a level) or
+    # response_tokens (budget_tokens for all responses, of which there are at least budget_min_n)
+    budget: str = "width"
+    budget_tokens: int = 0
+    budget_min_n: int = 1
+    # which ended responses go on when all paths ended early: random, finished_first, longer_first
+    # or none
+    fallback: str = "random"
+    # where they are cut: segment (a random border), from_start, lowest_logprob, block_softmax,
+    # block_softmax_inverse or misaligned (multiples of a block)
+    fallback_cut: str = "segment"
+    fallback_block_length: int = 0  # tokens; 0: 128, or half a segment for misaligned
     # 'eos': a path ends at a stop token. 'boxed_and_eos': the same, and a leaf that holds an answer
     # is recorded as 'answer'. 'boxed_as_eos': an answer ends the path with its segment.
     finish: str = "eos"
@@ -123,12 +143,21 @@ class TreePOSettings(SamplingSettings):
             "0 (never) or >= 2",
         )
         self._require("finish", self.finish in FINISH_POLICIES, f"one of {FINISH_POLICIES}")
-        BRANCHINGS.check(self.branching)
-        if self.fallback != NO_FALLBACK:
-            FALLBACKS.check(self.fallback)
         self._check_lengths()
         self._check_divergence()
+        self._check_branching()
+        self._check_budget()
+        self._check_fallback()
         self._check_answer()
+
+    def block_length(self) -> int:
+        """Tokens of a block of the fallback's cut."""
+        if self.fallback_block_length:
+            return self.fallback_block_length
+        if self.fallback_cut == "misaligned":
+            return max(1, self.segment_length // 2)
+        # Shorter trees have shorter blocks: one block alone would be a restart.
+        return min(SOFTMAX_BLOCK, self.segment_length)
 
     def _check_lengths(self) -> None:
         self._require(
@@ -153,6 +182,96 @@ class TreePOSettings(SamplingSettings):
                 f"initial_divergence_min={low} and initial_divergence_max={high} must satisfy "
                 f"min <= max <= n={self.n}: lower initial_divergence_max or raise n"
             )
+
+    def _check_branching(self) -> None:
+        BRANCHINGS.check(self.branching)
+        BRANCHING_SCORES.check(self.branching_score)
+        BRANCHING_SCHEDULES.check(self.branching_schedule)
+        if self.branching in ("even", "entropy"):
+            self._unused(
+                ["branching_score"], f"branching={self.branching!r}",
+                "branching=low_logprob or high_logprob",
+            )  # fmt: skip
+        if self.branching == "even":
+            self._unused(
+                ["branching_schedule", "branching_temperature"], "branching='even'",
+                "branching=low_logprob, high_logprob or entropy",
+            )  # fmt: skip
+        self._require(
+            "branching_temperature", all(t > 0 for t in self.branching_temperature), "> 0"
+        )
+        papers = PAPER_TEMPERATURES.get(self.branching_schedule)
+        if papers and self.branching_temperature:
+            self._require(
+                "branching_temperature",
+                len(self.branching_temperature) == len(papers),
+                f"{len(papers)} numbers for branching_schedule={self.branching_schedule!r}, such "
+                f"as {papers} (linear takes [first, last], sinusoidal [ends, middle])",
+            )
+
+    def _check_budget(self) -> None:
+        BUDGETS.check(self.budget)
+        self._require("budget_tokens", self.budget_tokens >= 0, ">= 0")
+        self._require("budget_min_n", 1 <= self.budget_min_n <= self.n, f"in 1..n={self.n}")
+        if self.budget == "width":
+            self._unused(
+                ["budget_tokens", "budget_min_n"], "budget='width'",
+                "budget=level_tokens or response_tokens",
+            )  # fmt: skip
+        elif self.budget == "level_tokens":
+            self._unused(["budget_min_n"], "budget='level_tokens'", "budget=response_tokens")
+            first = self.segment_length * self.initial_divergence_max
+            self._require(
+                "budget_tokens", self.budget_tokens >= first,
+                f">= {first} for budget='level_tokens': a segment for each of "
+                f"initial_divergence_max={self.initial_divergence_max} paths",
+            )  # fmt: skip
+        elif self.budget == "response_tokens":
+            self._require(
+                "budget_tokens", self.budget_tokens >= 1, ">= 1 for budget='response_tokens'"
+            )
+
+    def _check_fallback(self) -> None:
+        self._require("fallback_block_length", self.fallback_block_length >= 0, ">= 0")
+        FALLBACK_CUTS.check(self.fallback_cut)
+        if self.fallback == NO_FALLBACK:
+            self._unused(
+                ["fallback_cut", "fallback_block_length"], "fallback='none'",
+                f"fallback={', '.join(FALLBACKS)}",
+            )  # fmt: skip
+            return
+        FALLBACKS.check(self.fallback)
+        if self.fallback_cut not in _BLOCK_CUTS:
+            if self.fallback_cut in FALLBACK_CUTS:
+                self._unused(
+                    ["fallback_block_length"], f"fallback_cut={self.fallback_cut!r}",
+                    f"fallback_cut={', '.join(_BLOCK_CUTS)}",
+                )  # fmt: skip
+            return
+        block = self.block_length()
+        if block >= self.max_response_length:
+            raise ValueError(
+                f"fallback_block_length={block} is not less than max_response_length="
+                f"{self.max_response_length}: every cut would be at the prompt; choose shorter "
+                "blocks, or fallback_cut=from_start if that is what you want"
+            )
+        if self.fallback_cut == "misaligned" and block % self.segment_length == 0:
+            raise ValueError(
+                f"fallback_block_length={block} is a multiple of segment_length="
+                f"{self.segment_length}: these cuts are not misaligned; choose another block, or "
+                "fallback_cut=segment"
+            )
+
+    def _unused(self, names: list[str], choice: str, better: str) -> None:
+        """Refuse settings that differ from their defaults but are not used with ``choice``."""
+        for name in names:
+            default = TreePOSettings.__dataclass_fields__[name]
+            plain = [] if default.default is MISSING else default.default
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} would not be used with {choice}: choose "
+                    f"{better}, or leave it out"
+                )
 
     def _check_answer(self) -> None:
         self._require(

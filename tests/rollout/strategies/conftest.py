@@ -35,11 +35,27 @@ def random_script(eos_rate: float, vocabulary: int = 50) -> Script:
     return script
 
 
-class ScriptedEngine:
-    """Answers requests; keeps what each request's prompt was."""
+def early_ends(eos_rate: float) -> Script:
+    """As ``random_script``, but no response ends before its sixth token, and most do soon after:
+    all paths are over long before the width is reached.
+    """
+    without, with_eos = random_script(0.0), random_script(eos_rate)
 
-    def __init__(self, script: Script) -> None:
+    def script(context: np.ndarray, request: ExtendRequest) -> list[int]:
+        young = max(0, 5 - request.spec.num_response_tokens)
+        return [*without(context, request)[:young], *with_eos(context, request)[young:]]
+
+    return script
+
+
+class ScriptedEngine:
+    """Answers requests; keeps what each request's prompt was. The k-th token of a segment has the
+    log-prob -k, or with ``by_token`` one that depends on the token and differs from most others'.
+    """
+
+    def __init__(self, script: Script, by_token: bool = False) -> None:
         self.script = script
+        self.by_token = by_token
         self.prompts: dict[int, np.ndarray] = {}  # path key -> tokens the segment was drawn after
 
     def extend(self, segments: Sequence[Segment], request: ExtendRequest) -> ExtendResult:
@@ -60,6 +76,8 @@ class ScriptedEngine:
             if stopped:
                 break
         logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        if self.by_token:
+            logprobs = -((np.array(tokens) * 37 % 101) / 20).astype(np.float32)
         return ExtendResult(
             request=request,
             token_ids=np.array(tokens, dtype=np.int32),
@@ -67,6 +85,7 @@ class ScriptedEngine:
             sampling_logprobs=logprobs / 2,
             finish_reason=STOP if stopped else LENGTH,
             policy_version=3,
+            entropy=-logprobs / 4 if spec.wants_entropy else None,
         )
 
 
@@ -114,6 +133,7 @@ class Drive:
     EOS_ID = EOS_ID
     ScriptedEngine = ScriptedEngine
     random_script = staticmethod(random_script)
+    early_ends = staticmethod(early_ends)
     path_tokens = staticmethod(path_tokens)
     prompt = staticmethod(prompt)
     grow = staticmethod(grow)

@@ -10,6 +10,7 @@ from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.strategies.treepo import TreePO
 
 SHORT = dict(segment_length=8, max_depth=4, max_response_length=32)
+LOW = dict(branching="low_logprob")
 
 
 def test_the_defaults_are_the_papers():
@@ -18,6 +19,8 @@ def test_the_defaults_are_the_papers():
     assert settings.max_response_length == 7 * 1024
     assert (settings.initial_divergence_min, settings.initial_divergence_max) == (2, 2)
     assert (settings.temperature, settings.top_p, settings.top_k) == (1.0, 1.0, 0)
+    assert (settings.branching, settings.budget) == ("even", "width")
+    assert (settings.fallback, settings.fallback_cut) == ("random", "segment")
 
 
 @pytest.mark.parametrize("settings", [FlatSettings, TreePOSettings])
@@ -76,7 +79,46 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
         (dict(initial_divergence_min=3), "lower initial_divergence_max|min=3"),
         (dict(initial_divergence_max=17), "initial_divergence_max=17.*n=16"),
         (dict(branching="evn"), "unknown branching rule 'evn'. Did you mean 'even'"),
-        (dict(fallback="random"), "unknown fallback rule 'random'.*random_segment"),
+        (dict(fallback="radom"), "unknown fallback chooser 'radom'. Did you mean 'random'"),
+        (dict(fallback="random_segment"), "unknown fallback chooser 'random_segment'.*random"),
+        (dict(branching_score="median"), "unknown branching score 'median'.*cumulative"),
+        (dict(branching_score="mean"), "branching_score='mean'.*not be used.*=low_logprob or high"),
+        (dict(branching="entropy", branching_score="mean"), "not be used with branching='entropy'"),
+        (dict(branching_schedule="linear"), "branching_schedule.*not be used.*branching='even'"),
+        (dict(branching_temperature=[2.0]), "branching_temperature.*not be used.*branching='even'"),
+        (dict(LOW, branching_schedule="cosine"), "unknown branching schedule.*sinusoidal"),
+        (dict(LOW, branching_temperature=[0.0]), "branching_temperature=.0.0.*> 0"),
+        (dict(LOW, branching_temperature=[1.0, 2.0]), "must be 1 numbers for .*'constant'"),
+        (
+            dict(LOW, branching_schedule="linear", branching_temperature=[1.0]),
+            "must be 2 numbers for .*'linear'.*first, last",
+        ),
+        (dict(budget="tokens"), "unknown budget rule 'tokens'.*level_tokens.*response_tokens"),
+        (dict(budget_tokens=99), "budget_tokens=99.*not be used with budget='width'"),
+        (dict(budget_min_n=2), "budget_min_n=2.*not be used with budget='width'"),
+        (dict(budget_min_n=17), "budget_min_n=17.*1..n=16"),
+        (dict(budget="level_tokens"), "budget_tokens=0.*>= 16.*initial_divergence_max=2"),
+        (
+            dict(budget="level_tokens", budget_tokens=64, budget_min_n=2),
+            "budget_min_n=2.*not be used.*choose budget=response_tokens",
+        ),
+        (dict(budget="response_tokens"), "budget_tokens=0.*>= 1"),
+        (dict(fallback_cut="box"), "unknown fallback cut 'box'.*block_softmax"),
+        (
+            dict(fallback="none", fallback_cut="from_start"),
+            "fallback_cut='from_start' would not be used with fallback='none': choose fallback="
+            "finished_first, longer_first, random",
+        ),
+        (dict(fallback_block_length=4), "not be used with fallback_cut='segment'.*misaligned"),
+        (dict(fallback_cut="misaligned", fallback_block_length=-1), "fallback_block_length=-1"),
+        (
+            dict(fallback_cut="misaligned", fallback_block_length=32),
+            "fallback_block_length=32 is not less than max_response_length=32.*from_start",
+        ),
+        (
+            dict(fallback_cut="misaligned", fallback_block_length=16),
+            "multiple of segment_length=8.*fallback_cut=segment",
+        ),
         (dict(finish="box"), "finish='box'.*boxed_as_eos"),
         (dict(repetition_count=1), "repetition_count=1"),
         (dict(repetition_ngram=0), "repetition_ngram=0"),

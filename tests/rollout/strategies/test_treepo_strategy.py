@@ -6,7 +6,7 @@ import pytest
 
 from rollout.extend import LENGTH, ExtendResult
 from rollout.strategies.base import STRATEGIES
-from rollout.strategies.branching import even, level_budget
+from rollout.strategies.branching import ActivePath, even, level_budget
 from rollout.strategies.settings import TreePOSettings
 from rollout.tree import ANSWER, DEPTH, EOS, REPETITION, TRUNCATED
 from treepo.base.keys import child_key
@@ -166,12 +166,14 @@ def test_left_over_copies_go_to_paths_drawn_by_their_keys(drive):
 
 
 def test_the_even_split_ignores_the_order_of_the_paths(drive):
-    engine = drive.ScriptedEngine(drive.random_script(0.0))
-    segments = drive.grow(treepo(n=8), drive.prompt(), engine).segments
-    active = [3, 4, 5, 6]
-    copies = dict(zip(active, even(segments, active, 11), strict=True))
-    turned = [6, 4, 3, 5]
-    assert dict(zip(turned, even(segments, turned, 11), strict=True)) == copies
+    logprobs = np.zeros(1, np.float32)
+    paths = [
+        ActivePath(path_key=key, level=1, logprobs=logprobs, segment_logprobs=logprobs)
+        for key in (11, 7, 99, 3)
+    ]
+    copies = dict(zip(paths, even(paths, 11, TreePOSettings()), strict=True))
+    turned = [paths[k] for k in (3, 1, 0, 2)]
+    assert dict(zip(turned, even(turned, 11, TreePOSettings()), strict=True)) == copies
     assert sorted(copies.values()) == [2, 3, 3, 3]
 
 
@@ -345,35 +347,7 @@ def test_a_fallback_cuts_at_boundaries_of_the_path_and_goes_on_twice(drive):
     assert cuts[True, True] > 10, "cuts at the prompt and further down both occur"
 
 
-def test_fallback_cuts_are_uniform_over_the_boundaries(drive):
-    from rollout.strategies.fallback import random_segment
-
-    def chain(context, request):
-        return [5, 6, 7, 8] if request.level < 4 else [1]
-
-    strategy = treepo(n=1, initial_divergence_min=1, initial_divergence_max=1)
-    counts = Counter()
-    for key in range(800):
-        segments = drive.grow(strategy, drive.prompt(key), drive.ScriptedEngine(chain)).segments
-        (parent, same) = random_segment(segments, [4], 2, key % 3)
-        assert parent == same
-        counts[parent] += 1
-    assert set(counts) == {0, 1, 2, 3}
-    assert all(150 <= count <= 250 for count in counts.values()), counts
-
-
 def test_each_fallback_of_a_tree_draws_anew(drive):
-    from rollout.strategies.fallback import random_segment
-
-    def chain(context, request):
-        return [5, 6, 7, 8] if request.level < 4 else [1]
-
-    strategy = treepo(n=2, initial_divergence_max=2)
-    segments = drive.grow(strategy, drive.prompt(), drive.ScriptedEngine(chain)).segments
-    leaves = [i for i, s in enumerate(segments) if s.finish_reason]
-    cuts = {tuple(random_segment(segments, leaves, 4, round)) for round in range(30)}
-    assert len({cut[0] for cut in cuts}) >= 6 and len(cuts) >= 10
-
     # nothing is ever active and each leaf is cut once a round: 1, 3, then 9 leaves
     strategy = treepo(n=9, initial_divergence_min=1, initial_divergence_max=1)
     engine = drive.ScriptedEngine(lambda context, request: [1])
@@ -386,20 +360,33 @@ def test_each_fallback_of_a_tree_draws_anew(drive):
     assert rounds == [0, 1, 2, 2]
 
 
-def test_your_own_branching_and_fallback_rules_go_in_by_path(drive, tmp_path):
+def test_your_own_rules_go_in_by_path(drive, tmp_path):
     file = tmp_path / "rules.py"
     file.write_text(
-        "def first_takes_all(segments, active, budget):\n"
-        "    return [budget - len(active) + 1] + [1] * (len(active) - 1)\n"
-        "def from_the_prompt(segments, candidates, missing, round):\n"
-        "    return [0] * missing\n"
+        "def first_takes_all(paths, budget, settings):\n"
+        "    return [budget - len(paths) + 1] + [1] * (len(paths) - 1)\n"
+        "def shortest(responses, round):\n"
+        "    return sorted(responses, key=lambda r: (r.num_tokens, r.path_key))\n"
+        "def last_token(response, draw, settings):\n"
+        "    return response.num_tokens - 1\n"
+        "def two_more(tally, settings):\n"
+        "    return tally.finished + 2\n"
     )
     engine = drive.ScriptedEngine(drive.random_script(0.0))
     tree = drive.grow(treepo(branching=f"{file}:first_takes_all"), drive.prompt(), engine)
     assert [sum(s.parent == i for s in tree.segments) for i in (0, 1, 2)] == [2, 3, 1]
-    engine = drive.ScriptedEngine(lambda context, request: [1])
-    tree = drive.grow(treepo(fallback=f"{file}:from_the_prompt"), drive.prompt(), engine)
-    assert (tree.num_leaves, tree.counters.restarts) == (8, 6)
+    rules = dict(
+        fallback=f"{file}:shortest", fallback_cut=f"{file}:last_token", budget=f"{file}:two_more"
+    )
+
+    def two_lengths(context, request):
+        first = request.path_key == child_key(7, 0)
+        return [20, 1] if first else [21, 22, 1]
+
+    tree = drive.grow(treepo(n=4, **rules), drive.prompt(7), drive.ScriptedEngine(two_lengths))
+    # the response 20, 1 is cut before its last token
+    assert [s.token_ids.tolist() for s in tree.segments[1:4]] == [[20], [1], [21, 22, 1]]
+    assert [s.parent for s in tree.segments[1:]] == [0, 1, 0, 1, 1]
 
 
 def test_an_odd_number_of_missing_leaves_is_filled_exactly(drive):
