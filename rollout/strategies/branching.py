@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollout.strategies.branching_temperature import branching_temperature
-from rollout.strategies.rules import BRANCHING_SCORES
+from rollout.strategies.rule_settings import BRANCHING_SCORES
 from rollout.strategies.settings import TreePOSettings
 from treepo.base.keys import Purpose, draw_word
 

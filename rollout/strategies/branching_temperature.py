@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rollout.strategies.rules import BRANCHING_SCHEDULES, PAPER_TEMPERATURES
+from rollout.strategies.rule_settings import BRANCHING_SCHEDULES, PAPER_TEMPERATURES
 from rollout.strategies.settings import TreePOSettings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
 
-from rollout.strategies.rules import (
+from rollout.strategies.rule_settings import (
     BRANCHING_SCHEDULES,
     BRANCHING_SCORES,
     BRANCHINGS,

@@ -13,8 +13,8 @@
    (``fallback='none'`` avoids it and returns fewer leaves).
 
 How a budget is shared, how large it is, which trajectories are cut and where are named rules
-(``rollout.strategies.rules``). A cut inside a segment of level j splits it in two pieces of its
-level; what is sampled below the first has level j too, and the full length of a segment. So a
+(``rollout.strategies.rule_settings``). A cut inside a segment of level j splits it in two pieces of
+its level; what is sampled below the first has level j too, and the full length of a segment. So a
 path's level is 1 + the number of whole segments above, ``max_depth`` limits the level, and a path
 may have a segment's length more tokens than depth x segment_length, never more than
 ``max_response_length``.
@@ -52,7 +52,7 @@ from rollout.strategies.branching import ActivePath, level_budget
 from rollout.strategies.budgets import Tally
 from rollout.strategies.fallback import COPIES, Ended
 from rollout.strategies.finish import answer_detectors, is_repetitive
-from rollout.strategies.rules import BRANCHINGS, BUDGETS, FALLBACK_CUTS, FALLBACKS
+from rollout.strategies.rule_settings import BRANCHINGS, BUDGETS, FALLBACK_CUTS, FALLBACKS
 from rollout.strategies.settings import NO_FALLBACK, TreePOSettings
 from rollout.tree import ANSWER, DEPTH, EOS, REPETITION, TRUNCATED, Segment, Tree, TreeCounters
 from treepo.base.keys import Purpose, child_key, uniform

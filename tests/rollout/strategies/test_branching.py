@@ -8,7 +8,7 @@ import pytest
 
 from rollout.strategies.branching import ActivePath, reads_entropy
 from rollout.strategies.branching_temperature import branching_temperature, progress
-from rollout.strategies.rules import BRANCHING_SCORES, BRANCHINGS
+from rollout.strategies.rule_settings import BRANCHING_SCORES, BRANCHINGS
 from rollout.strategies.settings import TreePOSettings
 from rollout.strategies.treepo import TreePO
 from treepo.base.keys import child_key

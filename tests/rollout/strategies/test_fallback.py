@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rollout.strategies.fallback import Ended, finished_first, longer_first, random
-from rollout.strategies.rules import FALLBACK_CUTS
+from rollout.strategies.rule_settings import FALLBACK_CUTS
 from rollout.strategies.settings import TreePOSettings
 
 LONG = dict(segment_length=4, max_depth=8, max_response_length=32)
