@@ -16,7 +16,7 @@ NAMES = {
     ],
     "rollout.strategies": ["Flat", "TreePO", "FlatSettings", "TreePOSettings", "STRATEGIES"],
     "trainers": ["PackedBatch", "TokenTree", "Learner", "LearnerSettings", "pack"],
-    "trainers.losses": ["POLICY_LOSSES", "ppo_clip", "reinforce", "nll"],
+    "trainers.losses": ["POLICY_LOSSES", "ppo_clip", "gspo", "cispo", "reinforce", "nll"],
     "treepo.advantages": [
         *("ADVANTAGES", "estimate", "filter_groups", "spread_over_leaves", "spread_over_segments"),
         *("treepo", "treepo_size_weighted", "treepo_drop_degenerate", "treepo_no_root"),

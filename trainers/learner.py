@@ -34,9 +34,10 @@ import transformers  # noqa: E402
 
 from trainers.batch import PackedBatch  # noqa: E402
 from trainers.logprobs import LogprobHead  # noqa: E402
-from trainers.losses import POLICY_LOSSES, TrainedTokens  # noqa: E402
+from trainers.losses import POLICY_LOSSES, trained_tokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
 from trainers.model import PolicyModel, load_policy  # noqa: E402
+from trainers.objective import objective  # noqa: E402
 from trainers.packing import pack_row, path_tree  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
 from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
@@ -91,16 +92,15 @@ class Learner:
         self.num_optimizer_steps = 0
         self._loss = POLICY_LOSSES.get(settings.policy_loss.name)
         _join(settings, rank, world_size, init_method)
-        policy = load_policy(
-            model_path,
-            dtype=getattr(torch, settings.dtype),
-            logprob_chunk_size=settings.logprob_chunk_size,
-            fp32_lm_head=settings.fp32_lm_head,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
+        policy = _load(model_path, settings, gradient_checkpointing=settings.gradient_checkpointing)
         self._engine = _make_engine(policy, settings)
         self.policy: PolicyModel = self._engine.module
         self.device = torch.device(self._engine.device)
+        self.reference: PolicyModel | None = None
+        if settings.policy_loss.kl_loss_coef > 0:
+            # The weights that training began with, whole on every rank. A resumed run has the same
+            # model path, so it gets the same.
+            self.reference = _load(model_path, settings).requires_grad_(False).to(self.device)
 
     def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
         """One optimiser step for each mini-batch.
@@ -200,6 +200,13 @@ class Learner:
                     f"learner has {own[name]!r}: start it with the same, or begin a new run from "
                     "the checkpoint's exported model"
                 )
+        reference = saved.get("reference", "")
+        if reference and own["reference"] and reference != own["reference"]:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was trained with the KL penalty towards another model "
+                f"than {self.model_path!r} holds now: put the model that the run began with back "
+                "there, or set policy_loss.kl_loss_coef=0"
+            )
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:
             raise ValueError(f"checkpoint {str(folder)!r} lacks DeepSpeed's files under {_TAG}/")
@@ -234,32 +241,24 @@ class Learner:
         return self._engine.zero_optimization_stage() == 3
 
     def _loss_of(self, row: PackedBatch, sums: MetricSums, *, first_update: bool) -> torch.Tensor:
-        batch = _to_device(row, self.device)
         settings = self.settings.policy_loss
+        batch = _to_device(row, self.device)
         index = torch.nonzero(batch.weight > 0).squeeze(1)
         logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
-        tokens = TrainedTokens(
-            logprobs=logprobs,
-            entropy=entropy,
-            old_logprobs=batch.behaviour_logprobs[index],
-            advantage_pos=batch.advantage_pos[index],
-            advantage_neg=batch.advantage_neg[index],
-            weight=batch.weight[index],
-            index=index,
-            batch=batch,
-        )
-        losses = self._loss(tokens, settings)
-        loss = losses.loss.sum() / batch.denominator
-        sums.add_rank_sum("actor/pg_loss", loss.detach())
-        if settings.entropy_coeff > 0:
-            bonus = (tokens.weight * entropy).sum() / batch.denominator
-            loss = loss - settings.entropy_coeff * bonus
-        metrics = {"actor/entropy": entropy.detach(), **losses.metrics}
-        sums.add_weighted(metrics, tokens.weight)
+        ref_logprobs = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logprobs, _ = self.reference(batch, index)
+        tokens = trained_tokens(batch, index, logprobs, entropy, ref_logprobs)
+        result = objective(tokens, self._loss, settings)
+        for name, share in result.sums.items():
+            sums.add_rank_sum(name, share)
+        sums.add_weighted(result.token_metrics, tokens.weight)
+        sums.add_sequences(result.sequence_metrics)
         if first_update:
             difference = (logprobs.detach().exp() - tokens.old_logprobs.exp()).abs()
             sums.add_difference("training/rollout_probs_diff", difference)
-        return loss
+        return result.loss
 
     def _step(self) -> tuple[float, bool]:
         """Clip and take the optimiser step; skipped when the gradient is not finite. Returns the
@@ -287,12 +286,19 @@ class Learner:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
             yield {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
+    def _reference_digest(self) -> str:
+        """Digest of the reference's weights; empty without one."""
+        if self.reference is None:
+            return ""
+        return combine_digests(tensor_digests(dict(self.reference.model.state_dict())))
+
     def _meta(self) -> dict[str, Any]:
         return {
             "world_size": self.world_size,
             "zero_stage": self.settings.zero_stage,
             "dtype": self.settings.dtype,
             "optimizer": self.settings.optimizer.name,
+            "reference": self._reference_digest(),
             "num_optimizer_steps": self.num_optimizer_steps,
         }
 
@@ -323,6 +329,18 @@ def _join(settings: LearnerSettings, rank: int, world_size: int, init_method: st
         raise ValueError(
             f"world_size={world_size}, but this process is in a group of {dist.get_world_size()}"
         )
+
+
+def _load(
+    model_path: str, settings: LearnerSettings, *, gradient_checkpointing: bool = False
+) -> PolicyModel:
+    return load_policy(
+        model_path,
+        dtype=getattr(torch, settings.dtype),
+        logprob_chunk_size=settings.logprob_chunk_size,
+        fp32_lm_head=settings.fp32_lm_head,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:

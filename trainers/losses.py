@@ -1,28 +1,34 @@
 """Policy losses on token trees, by name.
 
-A loss is a function of the trained tokens' log-probabilities that returns one term a token; the
-update minimises their sum divided by the update's denominator. A token shared by several leaves
-stands here once: where a flat batch has one term a leaf, the tree has their sum, through
-``advantage_pos``, ``advantage_neg`` and ``weight`` (sums over the leaves below). The tree loss
-*equals* the flat loss, because leaves that share a token share its ratio.
+A loss is a function of the trained tokens' log-probabilities that returns terms; the update
+minimises their sum divided by the update's denominator. There are two kinds:
+
+- Token losses have one term a token. A token shared by several leaves stands here once: where a
+  flat batch has one term a leaf, the tree has their sum, through ``advantage_pos``,
+  ``advantage_neg`` and ``weight`` (sums over the leaves below).
+- Sequence losses (``LossTraits.is_sequence_level``) have one term a leaf, made of sums over its
+  path and of the leaf table.
+
+Both *equal* the flat loss and its gradient: leaves that share a token share its ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from trainers.batch import PackedBatch
+from trainers.path_sums import path_sums
 from trainers.settings import POLICY_LOSSES, PolicyLossSettings
 
-__all__ = ["POLICY_LOSSES", "PolicyLoss", "TokenLosses", "TrainedTokens"]
+__all__ = ["POLICY_LOSSES", "PolicyLoss", "LossTerms", "TrainedTokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainedTokens:
-    """The M tokens of a row that are trained on (weight > 0) and their row."""
+    """The M tokens of a row that are trained on (weight > 0), and their row."""
 
     logprobs: torch.Tensor  # [M], of the policy being trained, with gradient
     entropy: torch.Tensor  # [M], nats; with gradient if an entropy bonus is asked for
@@ -32,25 +38,64 @@ class TrainedTokens:
     weight: torch.Tensor  # [M], sum over leaves of w
     index: torch.Tensor  # int64 [M], of the token in the row
     batch: PackedBatch
+    ref_logprobs: torch.Tensor | None = None  # [M], of the reference, if there is one
+
+    def path_sums(self, values: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
+        """Sum of ``values`` [M] over the trained tokens of the paths to ``leaves`` (int64 [N],
+        rows of the leaf table); [N], differentiable.
+        """
+        ends = self.batch.leaf_token[leaves]
+        return path_sums(values, self.index, self.batch.visible_until, ends)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenLosses:
+class LossTerms:
     """What a policy loss returns.
 
     Attributes:
-        loss: [M], the tokens' terms, weights already in them.
+        loss: the terms, weights already in them: [M], one a token, or [N], one a leaf.
         metrics: values a token [M] without gradient; reported as means weighted by ``weight``.
+        sequence_metrics: values [N] of the trained leaves, without gradient; reported as plain
+            means.
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Mapping[str, torch.Tensor]
+    sequence_metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-PolicyLoss = Callable[[TrainedTokens, PolicyLossSettings], TokenLosses]
+PolicyLoss = Callable[[TrainedTokens, PolicyLossSettings], LossTerms]
 
 
-def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
+def trained_tokens(
+    batch: PackedBatch,
+    index: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    ref_logprobs: torch.Tensor | None = None,
+) -> TrainedTokens:
+    """The tokens ``index`` (int64 [M], those of weight > 0) of a row with what the policy says of
+    them.
+    """
+    return TrainedTokens(
+        logprobs=logprobs,
+        entropy=entropy,
+        old_logprobs=batch.behaviour_logprobs[index],
+        advantage_pos=batch.advantage_pos[index],
+        advantage_neg=batch.advantage_neg[index],
+        weight=batch.weight[index],
+        index=index,
+        batch=batch,
+        ref_logprobs=ref_logprobs,
+    )
+
+
+def trained_leaves(batch: PackedBatch) -> torch.Tensor:
+    """Rows of the leaf table that are trained on, int64 [N]."""
+    return torch.nonzero(batch.leaf_weight > 0).squeeze(1)
+
+
+def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """Clipped policy gradient with separate bounds (DAPO, arXiv 2503.14476) and dual clip (Ye et
     al., arXiv 1912.09729).
 
@@ -63,33 +108,83 @@ def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses
     both signs, the share of |A| that is.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = log_ratio.exp()
-    low, high = 1 - settings.clip_ratio_low, 1 + settings.clip_ratio_high
-    ratio_pos = ratio.clamp(max=high)
-    ratio_neg = ratio.clamp(min=low, max=max(low, settings.clip_ratio_c))
+    ratio, bounds = log_ratio.exp(), settings.bounds()
+    ratio_pos = ratio.clamp(max=bounds.high)
+    ratio_neg = ratio.clamp(min=bounds.low, max=bounds.dual)
     loss = -(ratio_pos * tokens.advantage_pos + ratio_neg * tokens.advantage_neg)
     with torch.no_grad():
         pos, neg = tokens.advantage_pos, -tokens.advantage_neg
         mass = (pos + neg).clamp(min=torch.finfo(pos.dtype).tiny)
         metrics = _ratio_metrics(log_ratio.detach(), ratio.detach()) | {
-            "actor/pg_clipfrac": ((ratio > high) * pos + (ratio < low) * neg) / mass,
-            "actor/pg_clipfrac_lower": (ratio > settings.clip_ratio_c) * neg / mass,
+            "actor/pg_clipfrac": ((ratio > bounds.high) * pos + (ratio < bounds.low) * neg) / mass,
+            "actor/pg_clipfrac_lower": (ratio > bounds.dual) * neg / mass,
         }
-    return TokenLosses(loss=loss, metrics=metrics)
+    return LossTerms(loss=loss, metrics=metrics)
 
 
-def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
+def gspo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
+    """Group sequence policy optimisation (arXiv 2507.18071, Eqs. 5 and 7): the ratio of a response
+    in place of its tokens'.
+
+    With |y| trained tokens on the path of a leaf, s = exp(mean over them of logprob - old logprob),
+    and the leaf's term is ``-w |y| min(s A, clip(s, 1 - low, 1 + high) A)``. w |y| is the leaf's
+    share of the denominator: the paper's mean over responses is ``sequence_mean`` (w = 1 / |y|);
+    with ``token_mean`` a response weighs as much as it has tokens. A response that is clipped has
+    no gradient in any of its tokens. There is no dual clip.
+
+    ``pg_clipfrac`` is the share of responses that are clipped.
+    """
+    batch, bounds = tokens.batch, settings.bounds()
+    leaves = trained_leaves(batch)
+    advantage, length = batch.leaf_advantage[leaves], batch.leaf_num_tokens[leaves]
+    log_ratio = tokens.logprobs - tokens.old_logprobs
+    ratio = (tokens.path_sums(log_ratio, leaves) / length.clamp(min=1)).exp()
+    clipped = torch.where(advantage > 0, ratio.clamp(max=bounds.high), ratio.clamp(min=bounds.low))
+    loss = -batch.leaf_weight[leaves] * length * clipped * advantage
+    with torch.no_grad():
+        is_clipped = ((advantage > 0) & (ratio > bounds.high)) | (
+            (advantage < 0) & (ratio < bounds.low)
+        )
+        sequence_metrics = {
+            "actor/pg_clipfrac": is_clipped.to(ratio.dtype),
+            "actor/sequence_ratio_mean": ratio.detach(),
+        }
+        metrics = _ratio_metrics(log_ratio.detach(), log_ratio.detach().exp())
+    return LossTerms(loss=loss, metrics=metrics, sequence_metrics=sequence_metrics)
+
+
+def cispo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
+    """Clipped importance sampling (MiniMax-M1, arXiv 2506.13585, Eqs. 4 and 5): the policy gradient
+    of REINFORCE weighted by a clipped ratio without gradient, so that no token is left out:
+    ``-sg(clip(r, 1 - low, 1 + high)) (A+ + A-) logprob``.
+
+    The paper has no lower bound (clip_ratio_low = 1) and does not give its upper one.
+
+    ``pg_clipfrac`` is the share of tokens whose ratio is clipped.
+    """
+    bounds = settings.bounds()
+    log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(min=bounds.low, max=bounds.high)
+    loss = -clipped * (tokens.advantage_pos + tokens.advantage_neg) * tokens.logprobs
+    metrics = _ratio_metrics(log_ratio, ratio) | {
+        "actor/pg_clipfrac": (clipped != ratio).to(ratio.dtype)
+    }
+    return LossTerms(loss=loss, metrics=metrics)
+
+
+def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """Plain policy gradient, ``-logprob * A`` (Williams 1992): no ratio, no clipping; unbiased on
     tokens that the current weights sampled.
     """
     loss = -tokens.logprobs * (tokens.advantage_pos + tokens.advantage_neg)
     log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
-    return TokenLosses(loss=loss, metrics=_ratio_metrics(log_ratio, log_ratio.exp()))
+    return LossTerms(loss=loss, metrics=_ratio_metrics(log_ratio, log_ratio.exp()))
 
 
-def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> TokenLosses:
+def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """Negative log-likelihood ``-logprob * weight``: supervised training."""
-    return TokenLosses(loss=-tokens.logprobs * tokens.weight, metrics={})
+    return LossTerms(loss=-tokens.logprobs * tokens.weight, metrics={})
 
 
 def _ratio_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor) -> dict[str, torch.Tensor]:

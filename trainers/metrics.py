@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-_WEIGHT = "_weight"
-
 
 class MetricSums:
     """Accumulates on the device; communicates once, in :meth:`reduce`."""
@@ -16,16 +14,19 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}  # added up over ranks
         self._maxima: dict[str, torch.Tensor] = {}
-        self._weighted: set[str] = set()  # of _sums, those that are means over weight
+        self._weight_of: dict[str, str] = {}  # of _sums, those that are means -> their weights' sum
         self._rank_equal: dict[str, list[float]] = {}
         self._counts: dict[str, int] = {}
 
     def add_weighted(self, values: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
         """Values a token [M], reported as means weighted by ``weight`` [M]."""
-        for name, value in values.items():
-            self._add(name, (value.double() * weight).sum())
-            self._weighted.add(name)
-        self._add(_WEIGHT, weight.sum(dtype=torch.float64))
+        self._add_means(values, weight, "_weight")
+
+    def add_sequences(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Values a trained response [N], reported as means."""
+        if values:
+            ones = torch.ones_like(next(iter(values.values())))
+            self._add_means(values, ones, "_num_sequences")
 
     def add_rank_sum(self, name: str, value: torch.Tensor) -> None:
         """A rank's share of a value of the whole update; reported as the mean over updates."""
@@ -56,8 +57,9 @@ class MetricSums:
         for name, total in sums.items():
             if name.startswith("_"):
                 continue
-            if name in self._weighted:
-                metrics[name] = total / sums[_WEIGHT] if sums[_WEIGHT] else 0.0
+            if name in self._weight_of:
+                weight = sums[self._weight_of[name]]
+                metrics[name] = total / weight if weight else 0.0
             elif (tokens := f"_{name.removesuffix('_mean')}_tokens") in sums:
                 metrics[name] = total / sums[tokens] if sums[tokens] else 0.0
             else:
@@ -66,6 +68,14 @@ class MetricSums:
         metrics.update({name: sum(all_) / len(all_) for name, all_ in self._rank_equal.items()})
         metrics.update({name: float(count) for name, count in self._counts.items()})
         return metrics
+
+    def _add_means(
+        self, values: Mapping[str, torch.Tensor], weight: torch.Tensor, weight_name: str
+    ) -> None:
+        for name, value in values.items():
+            self._add(name, (value.double() * weight).sum())
+            self._weight_of[name] = weight_name
+        self._add(weight_name, weight.sum(dtype=torch.float64))
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -11,22 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainers import attention
 from trainers.batch import PackedBatch
 from trainers.logprobs import LogprobHead
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_DROPOUTS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "dropout",
-    "activation_dropout",
-    "attn_dropout",
-)
 
 
 class PolicyModel(torch.nn.Module):
@@ -85,7 +76,8 @@ def load_policy(
     fp32_lm_head: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PolicyModel:
-    """Load a folder or Hub name with packed-tree attention and all dropout off.
+    """Load a folder or Hub name with packed-tree attention, as one function of its weights: in
+    evaluation mode, without dropout, noise on routers or sampled experts.
 
     Raises:
         ValueError: the model's attention can't be trained on packed trees.
@@ -100,9 +92,12 @@ def load_policy(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights of {model_path!r} cannot be loaded: {error}") from error
+    model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # which is when it recomputes; its parts stay as they are
     return PolicyModel(model, logprob_chunk_size=logprob_chunk_size, fp32_lm_head=fp32_lm_head)
 
 
@@ -125,8 +120,8 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 def switch_off_dropout(config: PretrainedConfig) -> None:
-    """A policy gradient compares log-probabilities of one function: no dropout."""
+    """A policy gradient compares log-probabilities of one function: no dropout of any kind."""
     text_config: Any = config.get_text_config()
-    for name in _DROPOUTS:
-        if isinstance(getattr(text_config, name, None), float):
+    for name, value in text_config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from trainers.batch import PackedBatch, TokenTree
+from trainers.path_sums import sums_over_leaves_below
 
 # Rows are padded to a multiple of this many tokens: on CPU `linear` takes other code paths, with
 # other rounding, for row counts that are not.
@@ -105,6 +106,32 @@ def path_tree(token_ids: torch.Tensor) -> TokenTree:
         leaf_num_tokens=torch.zeros(1, dtype=torch.int64),
         leaf_reward=torch.zeros(1),
     )
+
+
+def check_leaf_advantages(trees: Sequence[TokenTree], loss_name: str) -> None:
+    """Refuse trees whose tokens have other advantages than the leaves below them, for a loss that
+    reads the leaves' alone.
+
+    Raises:
+        ValueError: which advantages fit the loss.
+    """
+    for tree in trees:
+        weighted = tree.leaf_weight.double() * tree.leaf_advantage.double()
+        trained = tree.weight > 0
+        for own, of_leaves in (
+            (tree.advantage_pos, weighted.clamp(min=0)),
+            (tree.advantage_neg, weighted.clamp(max=0)),
+        ):
+            sums = sums_over_leaves_below(of_leaves, tree.leaf_token, tree.visible_until)
+            error = (own - sums)[trained].abs()
+            # The records are float32.
+            if (error > 1e-5 * of_leaves.abs().sum()).any():
+                raise ValueError(
+                    f"trainer.learner.policy_loss.name={loss_name!r} has one term a response, but "
+                    "these advantages differ from token to token of a response: choose an "
+                    "algorithm.adv_estimator that gives a response one advantage (treepo, grpo, "
+                    "rloo), or a loss of tokens (ppo_clip, cispo, reinforce)"
+                )
 
 
 def _balance(sizes: Sequence[int], limit: int, num_ranks: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +12,48 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 
+# Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
+# the same: kl, mse, low_var_kl.
+KL_LOSS_TYPES = ("k1", "k2", "k3")
+_VERL_KL_NAMES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossTraits:
+    """What can be known of a policy loss without torch. None: the loss has no such setting."""
+
+    clip_ratio_low: float | None = None  # default of the setting
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float | None = None
+    is_sequence_level: bool = False  # its terms are of responses, so advantages must be too
+
+
+_PPO_CLIP = LossTraits(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=10.0)
+LOSS_TRAITS = {
+    "ppo_clip": _PPO_CLIP,
+    "gspo": LossTraits(clip_ratio_low=3e-4, clip_ratio_high=4e-4, is_sequence_level=True),
+    "cispo": LossTraits(clip_ratio_low=1.0, clip_ratio_high=0.28),
+    "reinforce": LossTraits(),
+    "nll": LossTraits(),
+}
 # Names are known here, without torch; the functions are imported when one is used.
 POLICY_LOSSES: Registry[Any] = Registry(
-    "policy loss",
-    {name: f"trainers.losses:{name}" for name in ("ppo_clip", "reinforce", "nll")},
+    "policy loss", {name: f"trainers.losses:{name}" for name in LOSS_TRAITS}
 )
+
+
+def loss_traits(name: str) -> LossTraits:
+    """Of a policy loss by name. A user's own loss has the settings of ``ppo_clip`` and counts as a
+    loss of tokens.
+    """
+    return LOSS_TRAITS.get(name, _PPO_CLIP)
+
+
+def is_sequence_level(name: str) -> bool:
+    """Whether the policy loss ``name`` has one term a response: then every token of a response must
+    have the response's advantage.
+    """
+    return loss_traits(name).is_sequence_level
 
 
 @dataclass
@@ -56,22 +94,79 @@ class OptimizerSettings:
         _check("optimizer.grad_clip", self.grad_clip, self.grad_clip >= 0, ">= 0 (0: no clipping)")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipBounds:
+    """The ratio's bounds: ``low`` and ``high`` of the clip, ``dual`` of the dual clip."""
+
+    low: float
+    high: float
+    dual: float
+
+
 @dataclass
 class PolicyLossSettings:
-    """The policy loss and its bounds (DAPO's clip-higher; dual clip of Ye et al. 2020)."""
+    """The policy loss, its bounds, and what is added to it: KL to a reference, entropy."""
 
-    name: str = "ppo_clip"  # ppo_clip | reinforce | nll, or your own as module:function
-    clip_ratio_low: float = 0.2  # a falling ratio counts down to 1 - clip_ratio_low
-    clip_ratio_high: float = 0.28  # a rising ratio counts up to 1 + clip_ratio_high
-    clip_ratio_c: float = 10.0  # dual clip: bound of the ratio where the advantage is negative
+    # ppo_clip | gspo | cispo | reinforce | nll, or your own as module:function
+    name: str = "ppo_clip"
+    # Bounds of the ratio of new to old probability: 1 - clip_ratio_low and 1 + clip_ratio_high.
+    # Left out: 0.2 and 0.28 (ppo_clip; DAPO's clip-higher), 3e-4 and 4e-4 (gspo), 1.0 (no lower
+    # bound) and 0.28 (cispo). reinforce and nll have none
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    # ppo_clip alone, dual clip: bound of the ratio where the advantage is negative. Left out: 10
+    clip_ratio_c: float | None = None
     entropy_coeff: float = 0.0  # weight of an entropy bonus; 0: entropy is only measured
+    # weight of KL(policy || the model that training began with); 0: that model is not kept
+    kl_loss_coef: float = 0.0
+    kl_loss_type: str = "k3"  # its estimator: k1 | k2 | k3 (verl's low_var_kl)
 
     def __post_init__(self) -> None:
         _check("policy_loss.name", self.name, bool(self.name), "the name of a policy loss")
+        self._refuse_unused()
+        bounds = self.bounds()
         low, high, dual = self.clip_ratio_low, self.clip_ratio_high, self.clip_ratio_c
-        _check("policy_loss.clip_ratio_low", low, 0 <= low <= 1, "in [0, 1]")
-        _check("policy_loss.clip_ratio_high", high, high >= 0, ">= 0")
-        _check("policy_loss.clip_ratio_c", dual, dual > 1, "> 1 (a large number switches it off)")
+        _check("policy_loss.clip_ratio_low", low, 0 <= bounds.low <= 1, "in [0, 1]")
+        _check("policy_loss.clip_ratio_high", high, bounds.high >= 1, ">= 0")
+        _check(
+            "policy_loss.clip_ratio_c", dual, bounds.dual > 1, "> 1 (a large number: no dual clip)"
+        )
+        _check("policy_loss.entropy_coeff", self.entropy_coeff, self.entropy_coeff >= 0, ">= 0")
+        _check("policy_loss.kl_loss_coef", self.kl_loss_coef, self.kl_loss_coef >= 0, ">= 0")
+        allowed = f"one of {', '.join(KL_LOSS_TYPES)}"
+        if self.kl_loss_type in _VERL_KL_NAMES:
+            allowed += f" ({self.kl_loss_type} is {_VERL_KL_NAMES[self.kl_loss_type]})"
+        known = self.kl_loss_type in KL_LOSS_TYPES
+        _check("policy_loss.kl_loss_type", self.kl_loss_type, known, allowed)
+        if self.kl_loss_type != "k3" and self.kl_loss_coef == 0:
+            raise ValueError(
+                f"trainer.learner.policy_loss.kl_loss_type={self.kl_loss_type!r} is not used with "
+                "kl_loss_coef=0: set kl_loss_coef (such as 0.001), or leave kl_loss_type out"
+            )
+
+    def bounds(self) -> ClipBounds:
+        """The ratio's bounds, those left out filled in; infinite where the loss has none."""
+        traits = loss_traits(self.name)
+
+        def value(setting: float | None, default: float | None) -> float:
+            return setting if setting is not None else math.inf if default is None else default
+
+        low = value(self.clip_ratio_low, traits.clip_ratio_low)
+        return ClipBounds(
+            low=0.0 if low == math.inf else 1 - low,
+            high=1 + value(self.clip_ratio_high, traits.clip_ratio_high),
+            dual=value(self.clip_ratio_c, traits.clip_ratio_c),
+        )
+
+    def _refuse_unused(self) -> None:
+        traits = loss_traits(self.name)
+        for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"):
+            if getattr(self, name) is not None and getattr(traits, name) is None:
+                users = [n for n, t in LOSS_TRAITS.items() if getattr(t, name) is not None]
+                raise ValueError(
+                    f"trainer.learner.policy_loss.{name}={getattr(self, name)!r} is not used by "
+                    f"policy_loss.name={self.name!r}: leave it out, or choose {' or '.join(users)}"
+                )
 
 
 @dataclass

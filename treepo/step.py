@@ -14,7 +14,8 @@ from rewards.records import RewardItem, RewardResult
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
 from trainers.batch import PackedBatch, TokenTree
-from trainers.packing import pack
+from trainers.packing import check_leaf_advantages, pack
+from trainers.settings import is_sequence_level
 from treepo.base.keys import Purpose, root_key, uniform
 from treepo.config import TrainConfig, strategy_settings
 from treepo.data import Problem
@@ -77,8 +78,14 @@ def mini_batches(
 
     Returns:
         Indexed [rank][update][micro-batch].
+
+    Raises:
+        ValueError: the policy loss is of whole responses, and the advantages are not.
     """
     trainer = config.trainer
+    loss_name = trainer.learner.policy_loss.name
+    if is_sequence_level(loss_name):
+        check_leaf_advantages(trees, loss_name)
     wanted = trainer.train_batch_size // trainer.ppo_mini_batch_size
     updates: list[list[list[PackedBatch]]] = []
     for epoch in range(trainer.ppo_epochs):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "rollout"))  # tiny models of many families
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,19 @@ from token_trees import random_tree, token_tree
 from trainers.batch import PackedBatch
 from trainers.learner import Learner
 from trainers.packing import pack_row, total_weight
-from trainers.settings import LearnerSettings, OptimizerSettings
+from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
 
 SETTINGS = OptimizerSettings(name="sgd", lr=0.5, weight_decay=0.0, grad_clip=0.0)
+TOKEN_LOSS = PolicyLossSettings()
+SEQUENCE_LOSS = PolicyLossSettings(
+    name="gspo", clip_ratio_low=0.4, clip_ratio_high=0.28, kl_loss_coef=0.3, entropy_coeff=0.1
+)
+
+
+def learner_settings(policy_loss: PolicyLossSettings, zero_stage: int = 0) -> LearnerSettings:
+    return LearnerSettings(
+        zero_stage=zero_stage, optimizer=SETTINGS, policy_loss=policy_loss, init_timeout_s=60
+    )
 
 
 def dealt_rows(rank: int, world_size: int, accumulation: int) -> list[list[PackedBatch]]:
@@ -39,13 +49,14 @@ def run(
     model_path: str,
     cases: Sequence[tuple[int, int]],
     folder: str,
+    policy_loss: PolicyLossSettings,
 ) -> None:
     """For each (ZeRO stage, accumulation): two SGD updates, then save the weights and metrics; at
     last a checkpoint's round trip.
     """
     torch.set_num_threads(1)
     for zero_stage, accumulation in cases:
-        settings = LearnerSettings(zero_stage=zero_stage, optimizer=SETTINGS, init_timeout_s=60)
+        settings = learner_settings(policy_loss, zero_stage)
         learner = Learner(model_path, settings, rank, world_size, init_method)
         metrics = learner.update(dealt_rows(rank, world_size, accumulation))
         tensors = {name: tensor.clone() for name, tensor in learner.state_tensors()[0].items()}

@@ -13,8 +13,14 @@ import transformers
 from token_trees import random_tree, save_tiny_model, token_tree
 
 from trainers.learner import Learner
+from trainers.losses import POLICY_LOSSES, trained_tokens
+from trainers.model import load_policy
 from trainers.packing import pack
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
+
+GSPO_WITH_KL = PolicyLossSettings(
+    name="gspo", clip_ratio_low=0.4, clip_ratio_high=0.28, kl_loss_coef=0.3, entropy_coeff=0.1
+)
 
 
 def sgd(lr=1.0, **changes):
@@ -116,7 +122,9 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_says_so(model_path, 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_loaded_checkpoint_gives_the_identical_next_update(model_path, tmp_path, zero_stage):
     settings = LearnerSettings(
-        zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2, lr_warmup_steps=5)
+        zero_stage=zero_stage,
+        optimizer=OptimizerSettings(lr=1e-2, lr_warmup_steps=5),
+        policy_loss=GSPO_WITH_KL,
     )
     trees = trees_of(4)
     learner = Learner(model_path, settings)
@@ -197,6 +205,83 @@ def test_an_entropy_bonus_raises_entropy(model_path):
     )
     first = learner.update([rows_of(trees)])["actor/entropy"]
     assert learner.update([rows_of(trees)])["actor/entropy"] > first + 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_kl_penalty_is_towards_the_model_that_training_began_with(
+    model_path, tmp_path, zero_stage
+):
+    """The second update, where policy and reference differ, against autograd on plain models."""
+    loss = PolicyLossSettings(name="reinforce", kl_loss_coef=0.7)
+    settings = LearnerSettings(zero_stage=zero_stage, optimizer=sgd(0.5), policy_loss=loss)
+    learner = Learner(model_path, settings)
+    trees = trees_of(3)
+    first = learner.update([rows_of(trees, 200)])
+    assert first["actor/kl_loss"] == pytest.approx(0, abs=1e-9)
+    assert first["actor/sequence_kl"] == pytest.approx(0, abs=1e-5)
+    learner.export_hf(tmp_path)
+    before = state_of(learner)
+    second = learner.update([rows_of(trees, 200)])
+    after = state_of(learner)
+
+    policy, initial = load_policy(tmp_path, dtype=torch.float32), learner.reference
+    row = rows_of(trees)[0]
+    index = torch.nonzero(row.weight > 0).squeeze(1)
+    logprobs, _ = policy(row, index)
+    apart = logprobs - initial(row, index)[0].detach()
+    kl_loss = (row.weight[index] * (torch.exp(-apart) - 1 + apart)).sum() / row.denominator
+    advantages = (row.advantage_pos + row.advantage_neg)[index]
+    (-(logprobs * advantages).sum() / row.denominator + 0.7 * kl_loss).backward()
+    assert kl_loss > 1e-3
+    assert second["actor/kl_loss"] == pytest.approx(kl_loss.item(), rel=1e-4)
+    for name, parameter in policy.model.named_parameters():
+        step = (before[name] - after[name]) / 0.5
+        torch.testing.assert_close(step, parameter.grad, rtol=1e-3, atol=2e-5, msg=name)
+    full = torch.zeros(row.num_tokens).index_put((index,), apart.detach())
+    of_leaves = []
+    for token, weight in zip(row.leaf_token.tolist(), row.leaf_weight, strict=True):
+        path, at = [], token
+        while at >= 0:
+            path.append(at)
+            at = int(row.predictor[at])
+        of_leaves += [float(full[path].sum())] if weight > 0 else []
+    assert second["actor/sequence_kl"] == pytest.approx(np.mean(of_leaves), rel=1e-4)
+
+
+def test_the_reference_is_kept_only_for_a_penalty_and_stays_as_it_was(model_path):
+    assert Learner(model_path, LearnerSettings()).reference is None
+    learner = Learner(
+        model_path, LearnerSettings(optimizer=OptimizerSettings(lr=1e-2), policy_loss=GSPO_WITH_KL)
+    )
+    initial = Learner(model_path, LearnerSettings())
+    learner.update([rows_of(trees_of(2))])
+    for name, tensor in learner.reference.model.state_dict().items():
+        assert torch.equal(tensor, state_of(initial)[name]), name
+    assert learner.digest() != initial.digest()
+
+
+def test_a_resumed_run_refuses_another_reference(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    settings = LearnerSettings(policy_loss=GSPO_WITH_KL)
+    Learner(model_path, settings).save(tmp_path / "checkpoint")
+    Learner(model_path, settings).load(tmp_path / "checkpoint")
+    save_tiny_model(tmp_path / "model", attention_bias=True)
+    with pytest.raises(ValueError, match="another model.*kl_loss_coef=0"):
+        Learner(model_path, settings).load(tmp_path / "checkpoint")
+
+
+def test_a_gspo_update_reports_the_share_of_clipped_responses(model_path):
+    trees = trees_of(3)
+    learner = Learner(model_path, LearnerSettings(optimizer=sgd(), policy_loss=GSPO_WITH_KL))
+    metrics = learner.update([rows_of(trees, 200)])
+    row = rows_of(trees)[0]
+    index = torch.nonzero(row.weight > 0).squeeze(1)
+    logprobs, _ = Learner(model_path, LearnerSettings()).policy(row, index)
+    tokens = trained_tokens(row, index, logprobs.detach(), torch.zeros_like(logprobs))
+    terms = POLICY_LOSSES.get("gspo")(tokens, GSPO_WITH_KL)
+    clipped = terms.sequence_metrics["actor/pg_clipfrac"]
+    assert len(clipped) == int((row.leaf_weight > 0).sum()) and 0 < clipped.mean() < 1
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(float(clipped.mean()))
 
 
 def test_bfloat16_keeps_rotary_buffers_and_follows_the_float32_update(model_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from token_trees import random_tree, token_tree
 
-from trainers.packing import pack, pack_row, total_weight
+from trainers.packing import check_leaf_advantages, pack, pack_row, total_weight
 
 
 def trees_of(count, seed=0):
@@ -86,3 +86,12 @@ def test_an_update_without_trained_tokens_has_denominator_one():
     tree = trees_of(1)[0]
     tree.weight.zero_()
     assert pack([tree], 1000, 1)[0][0].denominator == 1.0
+
+
+def test_advantages_that_differ_within_a_response_are_refused_for_a_loss_of_responses():
+    tree = trees_of(1)[0]
+    check_leaf_advantages([tree], "gspo")
+    trained = torch.nonzero(tree.weight > 0).squeeze(1)
+    tree.advantage_pos[trained[3]] += 0.5
+    with pytest.raises(ValueError, match="name='gspo' has one term a response.*ppo_clip"):
+        check_leaf_advantages([tree], "gspo")

@@ -10,7 +10,6 @@ import torch
 from token_trees import save_tiny_model
 
 from trainers.learner import Learner
-from trainers.settings import LearnerSettings
 from trainers.worker import free_port
 
 
@@ -20,13 +19,13 @@ def model_path(tmp_path_factory):
     return save_tiny_model(folder, "qwen3", tie_word_embeddings=True)
 
 
-def run_ranks(world_size, model_path, cases, folder):
+def run_ranks(world_size, model_path, cases, folder, policy_loss):
     context = multiprocessing.get_context("spawn")
     address = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     ranks = [
         context.Process(
             target=rank_program.run,
-            args=(rank, world_size, address, model_path, cases, str(folder)),
+            args=(rank, world_size, address, model_path, cases, str(folder), policy_loss),
         )
         for rank in range(world_size)
     ]
@@ -40,14 +39,14 @@ def run_ranks(world_size, model_path, cases, folder):
     assert [process.exitcode for process in ranks] == [0] * world_size
 
 
-def check_ranks(world_size, model_path, cases, folder):
+def check_ranks(world_size, model_path, cases, folder, policy_loss):
     """Every rank of every case against one rank with one row, ZeRO 0."""
-    reference = Learner(model_path, LearnerSettings(optimizer=rank_program.SETTINGS))
+    reference = Learner(model_path, rank_program.learner_settings(policy_loss))
     start = {name: tensor.clone() for name, tensor in reference.state_tensors()[0].items()}
     metrics = reference.update(rank_program.dealt_rows(0, 1, 1))
     expected, _ = reference.state_tensors()
     assert max((expected[n] - start[n]).abs().max() for n in expected) > 0.01
-    run_ranks(world_size, model_path, cases, folder)
+    run_ranks(world_size, model_path, cases, folder, policy_loss)
     for zero_stage, accumulation in cases:
         case = f"zero{zero_stage}_accumulation{accumulation}"
         ranks = [torch.load(folder / case / f"rank{rank}.pt") for rank in range(world_size)]
@@ -67,13 +66,14 @@ def check_ranks(world_size, model_path, cases, folder):
 def test_two_ranks_with_three_unequal_rows_and_zero_3_equal_one_rank_with_one_row(
     model_path, tmp_path
 ):
-    check_ranks(2, model_path, [(3, 3)], tmp_path)
+    check_ranks(2, model_path, [(3, 3)], tmp_path, rank_program.SEQUENCE_LOSS)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("policy_loss", [rank_program.TOKEN_LOSS, rank_program.SEQUENCE_LOSS])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_parameters_do_not_depend_on_ranks_accumulation_and_zero_stage(
-    world_size, model_path, tmp_path
+    world_size, policy_loss, model_path, tmp_path
 ):
     cases = [(stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 3)]
-    check_ranks(world_size, model_path, cases, tmp_path)
+    check_ranks(world_size, model_path, cases, tmp_path, policy_loss)

@@ -1,21 +1,42 @@
-"""A packed tree has the log-probs, the loss and the gradients of its leaves as separate rows."""
+"""A packed tree has the log-probs, the objective and the gradients of its leaves as separate rows.
+
+The flat side is ``flat_oracle``: each leaf by itself, through transformers' own attention, with the
+objective as the papers write it.
+"""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+import tiny_models
 import torch
-from token_trees import flat_trees, random_tree, tiny_model, token_tree
+from flat_oracle import flat_objective, plain_scores
+from token_trees import flat_trees, random_tree, tiny_model, token_tree, weighted_as
 
 from trainers import attention
-from trainers.losses import POLICY_LOSSES, TrainedTokens
-from trainers.model import PolicyModel
+from trainers.losses import POLICY_LOSSES, trained_leaves, trained_tokens
+from trainers.model import PolicyModel, check_supported
+from trainers.objective import objective
 from trainers.packing import pack_row, total_weight
 from trainers.settings import PolicyLossSettings
 
 attention.register()
-SETTINGS = PolicyLossSettings(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)
+PPO = dict(name="ppo_clip", clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0)
+GSPO = dict(name="gspo", clip_ratio_low=0.4, clip_ratio_high=0.28)
+CISPO = dict(name="cispo", clip_ratio_low=0.6, clip_ratio_high=0.5)
+OBJECTIVES = {
+    "ppo_clip": PolicyLossSettings(**PPO),
+    "gspo": PolicyLossSettings(**GSPO),
+    "cispo": PolicyLossSettings(**CISPO),
+    "reinforce": PolicyLossSettings(name="reinforce"),
+    "nll": PolicyLossSettings(name="nll"),
+    "ppo_clip, k1 and entropy": PolicyLossSettings(
+        **PPO, kl_loss_coef=0.3, kl_loss_type="k1", entropy_coeff=0.2
+    ),
+    "cispo and k2": PolicyLossSettings(**CISPO, kl_loss_coef=0.3, kl_loss_type="k2"),
+    "gspo, k3 and entropy": PolicyLossSettings(**GSPO, kl_loss_coef=0.1, entropy_coeff=0.2),
+}
 
 
 def policy_of(model, implementation=attention.NAME) -> PolicyModel:
@@ -23,44 +44,86 @@ def policy_of(model, implementation=attention.NAME) -> PolicyModel:
     return PolicyModel(model)
 
 
-def loss_of(policy, row, loss_name="ppo_clip"):
+def tokens_of(policy, row, reference=None):
     index = torch.nonzero(row.weight > 0).squeeze(1)
-    logprobs, entropy = policy(row, index)
-    return losses_of(row, index, logprobs, entropy, loss_name)
+    logprobs, entropy = policy(row, index, True)
+    ref_logprobs = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logprobs, _ = reference(row, index)
+    return trained_tokens(row, index, logprobs, entropy, ref_logprobs)
 
 
-def losses_of(row, index, logprobs, entropy, loss_name="ppo_clip"):
-    tokens = TrainedTokens(
-        logprobs=logprobs,
-        entropy=entropy,
-        old_logprobs=row.behaviour_logprobs[index].to(logprobs.dtype),
-        advantage_pos=row.advantage_pos[index].to(logprobs.dtype),
-        advantage_neg=row.advantage_neg[index].to(logprobs.dtype),
-        weight=row.weight[index].to(logprobs.dtype),
-        index=index,
-        batch=row,
-    )
-    return POLICY_LOSSES.get(loss_name)(tokens, SETTINGS).loss.sum() / row.denominator
+def objective_of(tokens, settings):
+    return objective(tokens, POLICY_LOSSES.get(settings.name), settings).loss
 
 
-def plain_loss_of(model, sequence, denominator):
-    """The loss of one sequence through transformers' own attention and logits."""
-    model.set_attn_implementation("eager" if model.config.model_type in EAGER else "sdpa")
-    logits = model(sequence.token_ids[None], use_cache=False).logits[0]
-    all_logprobs = torch.log_softmax(logits / sequence.temperature[0], -1)
-    index = torch.nonzero(sequence.weight > 0).squeeze(1)
-    logprobs = all_logprobs[sequence.predictor[index], sequence.token_ids[index]]
-    row = pack_row([sequence], denominator)
-    return losses_of(row, index, logprobs, torch.zeros_like(logprobs))
+def loss_of(policy, row, settings=OBJECTIVES["ppo_clip"]):
+    return objective_of(tokens_of(policy, row), settings)
 
 
-def gradients(model):
+def gradients(model, loss=None):
+    """The parameters' gradients (of ``loss``, if given), which are then reset."""
+    if loss is not None:
+        loss.backward(retain_graph=True)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
-EAGER = {"gemma2", "gpt_oss"}  # soft caps and sinks, which sdpa has not
+def assert_same(gradient, expected, tolerance, what=""):
+    """Within ``tolerance`` of the largest entry of all gradients."""
+    assert gradient.keys() == expected.keys(), what
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 1e-3, what
+    for name, own in gradient.items():
+        error = float((own - expected[name]).abs().max()) / largest
+        assert error < tolerance, f"{what} {name}: {error:.2e}"
+
+
+def check_family(make_model, tolerance, dtype=torch.float64, objectives=tuple(OBJECTIVES), seed=3):
+    """Objective and gradients of two packed trees against their leaves one by one.
+
+    Args:
+        make_model: a new model with other weights at each call: the policy and the reference.
+    """
+    model, other = make_model().to(dtype).eval(), make_model().to(dtype).eval()
+    rng = random.Random(seed)
+    grown = [random_tree(rng, depth=3, segment=7) for _ in range(2)]
+    for loss_weighting in ("token_mean", "sequence_mean"):
+        roots = [weighted_as(root, loss_weighting) for root in grown]
+        trees = [token_tree(root, temperature=0.8, dtype=dtype) for root in roots]
+        sequences = [s for r in roots for s in flat_trees(r, temperature=0.8, dtype=dtype)]
+        assert max(s.num_tokens for s in sequences) > 16  # longer than twice the window
+        assert sum(s.num_tokens for s in sequences) > 1.5 * sum(t.num_tokens for t in trees)
+        denominator = total_weight(trees)
+        assert denominator == pytest.approx(total_weight(sequences), rel=1e-6)
+
+        row = pack_row(trees, denominator)
+        tokens = tokens_of(policy_of(model), row, policy_of(other))
+        tree_losses = {o: objective_of(tokens, OBJECTIVES[o]) for o in objectives}
+        tree_gradients = {o: gradients(model, loss) for o, loss in tree_losses.items()}
+
+        scored = [plain_scores(model, sequence) for sequence in sequences]
+        with torch.no_grad():
+            references = [plain_scores(other, sequence) for sequence in sequences]
+        for name in objectives:
+            what = f"{name}, {loss_weighting}"
+            flat_loss = sum(
+                flat_objective(sequence, own, reference, OBJECTIVES[name], denominator)
+                for sequence, own, reference in zip(sequences, scored, references, strict=True)
+            )
+            expected = pytest.approx(flat_loss.item(), rel=tolerance, abs=tolerance)
+            assert tree_losses[name].item() == expected, what
+            assert_same(tree_gradients[name], gradients(model, flat_loss), tolerance, what)
+
+
+def new_models(make):
+    """Models of ``make(seed)``, another at each call."""
+    seeds = iter(range(100))
+    return lambda: make(next(seeds))
+
+
 FAMILIES = [
     ("gpt2", {}, torch.float64, 1e-10),
     ("gpt_neox", {}, torch.float64, 1e-10),
@@ -80,34 +143,33 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("family", "changes", "dtype", "tolerance"), FAMILIES)
-def test_packed_trees_have_the_loss_and_gradients_of_flat_sequences_in_plain_transformers(
+def test_packed_trees_have_the_objectives_and_gradients_of_flat_sequences_in_plain_transformers(
     family, changes, dtype, tolerance
 ):
-    rng = random.Random(3)
-    roots = [random_tree(rng, depth=3, segment=7) for _ in range(2)]
-    trees = [token_tree(root, temperature=0.8) for root in roots]
-    sequences = [s for root in roots for s in flat_trees(root, temperature=0.8)]
-    assert max(s.num_tokens for s in sequences) > 16  # longer than twice the window
-    flat_tokens = sum(s.num_tokens for s in sequences)
-    assert flat_tokens > 1.5 * sum(t.num_tokens for t in trees)
-    model = tiny_model(family, **changes).to(dtype).train()
-    denominator = total_weight(trees)
-    assert denominator == pytest.approx(total_weight(sequences))
+    check_family(new_models(lambda seed: tiny_model(family, seed, **changes)), tolerance, dtype)
 
-    policy = policy_of(model)
-    loss = loss_of(policy, pack_row(trees))
-    loss.backward()
-    tree_gradients = gradients(model)
-    flat_loss = sum(plain_loss_of(model, s, denominator) for s in sequences)
-    flat_loss.backward()
-    flat_gradients = gradients(model)
 
-    assert loss.item() == pytest.approx(flat_loss.item(), rel=tolerance, abs=tolerance)
-    largest = max(g.abs().max() for g in flat_gradients.values())
-    assert largest > 1e-3
-    for name, expected in flat_gradients.items():
-        error = (tree_gradients[name] - expected).abs().max() / largest
-        assert error < tolerance, f"{name}: {error:.2e}"
+# Rounding of parts that compute in float32 in a float64 model too: RMSNorm, eager attention's
+# softmax, routers.
+TOLERANCES = {"gpt2": 1e-10, "gpt_neox": 1e-10}
+
+
+def served_model(family, seed):
+    """A tiny float64 model of a family that the engine serves."""
+    model = tiny_models.tiny_model(family, torch.float64, seed)
+    if any("experts" in name for name, _ in model.named_modules()):
+        model.set_experts_implementation("eager")  # grouped products have no float64
+    return model
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", tiny_models.SERVED)
+def test_every_family_that_the_engine_serves_trains_on_trees_as_on_sequences(family):
+    make = new_models(lambda seed: served_model(family, seed))
+    check_supported(make().config)
+    check_family(
+        make, TOLERANCES.get(family, 1e-6), objectives=("ppo_clip, k1 and entropy", "gspo")
+    )
 
 
 def test_shared_tokens_serve_leaves_of_both_signs_and_of_different_length():
@@ -118,28 +180,76 @@ def test_shared_tokens_serve_leaves_of_both_signs_and_of_different_length():
     assert both > 10 and len(lengths) > 5
 
 
-def test_one_row_of_many_trees_equals_many_rows():
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "cispo"])
+def test_the_compared_trees_have_terms_that_are_clipped_on_each_side_and_terms_that_are_not(name):
+    rng = random.Random(3)
+    trees = [token_tree(random_tree(rng, depth=3, segment=7), temperature=0.8) for _ in range(2)]
+    policy = policy_of(tiny_model("gpt2", 0))
+    tokens = tokens_of(policy, pack_row(trees))
+    bounds = OBJECTIVES[name].bounds()
+    log_ratio = tokens.logprobs - tokens.old_logprobs
+    pos, neg = tokens.advantage_pos > 0, tokens.advantage_neg < 0
+    if name == "gspo":
+        leaves = trained_leaves(tokens.batch)
+        log_ratio = tokens.path_sums(log_ratio, leaves) / tokens.batch.leaf_num_tokens[leaves]
+        pos = tokens.batch.leaf_advantage[leaves] > 0
+        neg = ~pos
+    ratio = log_ratio.exp()
+    inside = (ratio > bounds.low) & (ratio < bounds.high)
+    for cases in (pos & (ratio > bounds.high), neg & (ratio < bounds.low), inside):
+        assert 0.02 < float(cases.float().mean()) < 0.9
+
+
+def partitions(items):
+    """Every way to put the items into rows."""
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for rows in partitions(rest):
+        yield [[first], *rows]
+        for at, row in enumerate(rows):
+            yield [*rows[:at], [first, *row], *rows[at + 1 :]]
+
+
+def split_gradients(policy, trees, rows, names, denominator):
+    """Gradients of each objective, accumulated over rows of the trees whose numbers they hold."""
+    found = {name: {} for name in names}
+    for row in rows:
+        tokens = tokens_of(policy, pack_row([trees[i] for i in row], denominator), policy)
+        for name in names:
+            own = gradients(policy.model, objective_of(tokens, OBJECTIVES[name]))
+            for key, gradient in own.items():
+                found[name][key] = found[name].get(key, 0) + gradient
+    return found
+
+
+@pytest.mark.parametrize("loss_weighting", ["token_mean", "sequence_mean"])
+def test_every_split_over_micro_batches_has_the_same_gradient(loss_weighting):
     rng = random.Random(5)
-    trees = [token_tree(random_tree(rng)) for _ in range(4)]
-    model = tiny_model("gpt2").double()
-    policy = policy_of(model)
-    denominator = total_weight(trees)
-    loss_of(policy, pack_row(trees)).backward()
-    together = gradients(model)
-    for tree in trees:
-        loss_of(policy, pack_row([tree], denominator)).backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(together[name], gradient, rtol=1e-9, atol=1e-12)
+    roots = [weighted_as(random_tree(rng, depth=2), loss_weighting) for _ in range(4)]
+    trees = [token_tree(root, dtype=torch.float64) for root in roots]
+    names = ("ppo_clip", "cispo and k2", "gspo, k3 and entropy")
+    policy, denominator = policy_of(tiny_model("gpt2").double()), total_weight(trees)
+    together = split_gradients(policy, trees, [[0, 1, 2, 3]], names, denominator)
+    splits = list(partitions([0, 1, 2, 3]))
+    assert len(splits) == 15
+    for rows in splits:
+        apart = split_gradients(policy, trees, rows, names, denominator)
+        for name in names:
+            assert_same(apart[name], together[name], 1e-12, f"{name} {rows}")
 
 
-def test_prompt_forced_and_padding_tokens_have_exactly_zero_gradient():
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "cispo"])
+def test_prompt_forced_and_padding_tokens_have_exactly_zero_gradient(name):
     rng = random.Random(7)
     tree = token_tree(random_tree(rng, forced=0.5))
     row = pack_row([tree])
     assert row.num_tokens > tree.num_tokens
     logprobs = torch.randn(row.num_tokens, requires_grad=True)
     index = torch.nonzero(row.weight > 0).squeeze(1)
-    losses_of(row, index, logprobs[index], torch.zeros(len(index))).backward()
+    tokens = trained_tokens(row, index, logprobs[index], torch.zeros(len(index)))
+    objective_of(tokens, OBJECTIVES[name]).backward()
     untrained = row.weight == 0
     assert untrained[tree.num_tokens :].all() and untrained[:5].all()
     assert untrained[5 : tree.num_tokens].any() and not untrained.all()
@@ -148,7 +258,7 @@ def test_prompt_forced_and_padding_tokens_have_exactly_zero_gradient():
 
 def test_what_padding_holds_changes_no_gradient():
     rng = random.Random(9)
-    tree = token_tree(random_tree(rng))
+    tree = next(t for t in iter(lambda: token_tree(random_tree(rng)), None) if t.num_tokens % 8)
     row = pack_row([tree])
     model = tiny_model("llama").double()
     policy = policy_of(model)
@@ -159,15 +269,3 @@ def test_what_padding_holds_changes_no_gradient():
     loss_of(policy, row).backward()
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, before[name]), name
-
-
-@pytest.mark.parametrize("loss_name", ["reinforce", "nll"])
-def test_the_other_losses_are_equal_on_trees_and_sequences_too(loss_name):
-    rng = random.Random(9)
-    root = random_tree(rng)
-    model = tiny_model("gpt2").double()
-    policy = policy_of(model)
-    sequences = flat_trees(root)
-    tree_loss = loss_of(policy, pack_row([token_tree(root)]), loss_name)
-    flat_loss = loss_of(policy, pack_row(sequences), loss_name)
-    assert tree_loss.item() == pytest.approx(flat_loss.item(), rel=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,7 +46,8 @@ def random_tree(
         else:
             # Few bits, so that sums over leaves are exact in the records' float32.
             advantage = rng.choice([-1, 1]) * rng.randint(3, 32) / 16
-            node.leaf = (advantage, rng.choice([1.0, 0.5, 0.25]))
+            # 0: a failed verdict
+            node.leaf = (advantage, rng.choice([1.0, 0.5, 0.25, 0.25, 0.0]))
         return node
 
     return Node(tokens(prompt), False, [grow(0) for _ in range(max(2, branch))])
@@ -79,12 +81,36 @@ def paths(root: Node) -> list[list[Node]]:
     return found
 
 
-def token_tree(root: Node, *, temperature: float = 1.0, behaviour_seed: int = 0) -> TokenTree:
+def weighted_as(root: Node, loss_weighting: str, trained_above: int = 0) -> Node:
+    """The tree with its leaves' weights as in ``token_mean`` (1) or ``sequence_mean`` (1 / trained
+    tokens of the path); those of weight 0, and those without a trained token, have 0.
+    """
+    trained = trained_above + len(root.token_ids) * root.trained
+    leaf = root.leaf
+    if leaf is not None:
+        counts = leaf[1] > 0 and trained > 0
+        weight = 1.0 if loss_weighting == "token_mean" else 1 / max(trained, 1)
+        leaf = (leaf[0], weight if counts else 0.0)
+    children = [weighted_as(child, loss_weighting, trained) for child in root.children]
+    return Node(root.token_ids, root.trained, children, leaf)
+
+
+def token_tree(
+    root: Node,
+    *,
+    temperature: float = 1.0,
+    behaviour_seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> TokenTree:
     """The tree's tensors, built token by token (slow and plain, as an oracle should be).
 
     The behaviour log-prob of a token is a function of its path, so that flat sequences of the same
     tree carry the same ones.
     """
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype)
+
     ids: list[int] = []
     positions: list[int] = []
     until: list[int] = []
@@ -109,7 +135,7 @@ def token_tree(root: Node, *, temperature: float = 1.0, behaviour_seed: int = 0)
             weight.append(0.0)
             pos.append(0.0)
             neg.append(0.0)
-            chance = random.Random(hash((behaviour_seed, path))).uniform(-4.0, -0.5)
+            chance = random.Random(hash((behaviour_seed, path))).uniform(-6.0, -1.5)
             behaviour.append(chance if node.trained else 0.0)
             own.append(index)
             parent = index
@@ -139,22 +165,22 @@ def token_tree(root: Node, *, temperature: float = 1.0, behaviour_seed: int = 0)
         position_ids=torch.tensor(positions),
         visible_until=torch.tensor(until),
         predictor=torch.tensor(predictor),
-        advantage_pos=torch.tensor(pos),
-        advantage_neg=torch.tensor(neg),
-        weight=torch.tensor(weight),
-        behaviour_logprobs=torch.tensor(behaviour),
-        sampling_logprobs=torch.tensor(behaviour),
-        temperature=torch.full((count,), temperature),
+        advantage_pos=floats(pos),
+        advantage_neg=floats(neg),
+        weight=floats(weight),
+        behaviour_logprobs=floats(behaviour),
+        sampling_logprobs=floats(behaviour),
+        temperature=floats([temperature] * count),
         policy_version=torch.zeros(count, dtype=torch.int64),
         leaf_token=torch.tensor(leaf_token),
-        leaf_advantage=torch.tensor([advantage for advantage, _ in leaves]),
-        leaf_weight=torch.tensor([leaf_weight for _, leaf_weight in leaves]),
+        leaf_advantage=floats([advantage for advantage, _ in leaves]),
+        leaf_weight=floats([leaf_weight for _, leaf_weight in leaves]),
         leaf_num_tokens=torch.tensor(lengths),
-        leaf_reward=torch.tensor([float(advantage > 0) for advantage, _ in leaves]),
+        leaf_reward=floats([float(advantage > 0) for advantage, _ in leaves]),
     )
 
 
-def flat_trees(root: Node, **options: float) -> list[TokenTree]:
+def flat_trees(root: Node, **options: Any) -> list[TokenTree]:
     """The same leaves as independent sequences, one tree with one leaf each."""
     sequences = []
     for path in paths(root):
@@ -179,9 +205,9 @@ _SMALL = {
 }
 
 
-def tiny_model(family: str, **changes: object) -> transformers.PreTrainedModel:
+def tiny_model(family: str, seed: int = 1, **changes: object) -> transformers.PreTrainedModel:
     """A randomly initialised model with two layers; weights large enough to make mistakes show."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     small = {**_SMALL, **changes}
     if family == "gpt2":
         config = transformers.GPT2Config(
@@ -216,5 +242,5 @@ def tiny_model(family: str, **changes: object) -> transformers.PreTrainedModel:
 
 
 def save_tiny_model(folder: Path, family: str = "qwen3", **changes: object) -> str:
-    tiny_model(family, **changes).save_pretrained(folder)
+    tiny_model(family, 1, **changes).save_pretrained(folder)
     return str(folder)
