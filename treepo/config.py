@@ -13,14 +13,13 @@ from typing import Any
 
 from rewards.settings import RewardSettings
 from rollout.settings import EngineSettings
-from trainers.settings import LearnerSettings
+from trainers.settings import LearnerSettings, is_sequence_level
 from treepo.algorithm_settings import AdvantageSettings, is_node_level, leaf_level_estimators
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
 from treepo.tracking_settings import TrackingSettings
 
 ASSET_PREFIX = "asset:"
-SEQUENCE_LEVEL_LOSSES = ("gspo",)
 WEIGHT_TRANSPORTS = ("object_store", "group")
 
 
@@ -215,7 +214,7 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
     Raises:
         ValueError: the estimator gives a response's segments different ones.
     """
-    if policy_loss in SEQUENCE_LEVEL_LOSSES and is_node_level(algorithm.adv_estimator):
+    if is_sequence_level(policy_loss) and is_node_level(algorithm.adv_estimator):
         raise ValueError(
             f"trainer.learner.policy_loss.name={policy_loss!r} needs one advantage a response, but "
             f"algorithm.adv_estimator={algorithm.adv_estimator!r} gives each segment its own: "
