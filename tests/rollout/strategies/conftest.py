@@ -143,3 +143,20 @@ class Drive:
 @pytest.fixture(scope="session")
 def drive() -> type[Drive]:
     return Drive
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A tokenizer that splits \\boxed{4} into single characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "<eos>", *sorted(set("\\boxed{}0123456789 ="))]
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, "<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    folder = tmp_path_factory.mktemp("letters")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    return str(folder), {c: i for i, c in enumerate(characters)}

@@ -75,23 +75,6 @@ def test_an_answer_is_a_box_whose_braces_close(text, complete):
     assert has_complete_box(text) is complete
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    """A tokenizer that splits \\boxed{4} into single characters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = ["<pad>", "<eos>", *sorted(set("\\boxed{}0123456789 ="))]
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, "<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    folder = tmp_path_factory.mktemp("letters")
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
-    return str(folder), {c: i for i, c in enumerate(characters)}
-
-
 def test_a_box_is_found_in_the_text_of_the_whole_response(letters, drive):
     """Segments of four characters: \\boxed{4} runs over three of them."""
     folder, ids_of = letters

@@ -1,45 +1,8 @@
 """Every shipped rollout configuration grows trees, its fallback included."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
-
-from rollout.strategies.base import STRATEGIES
-
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-
-
-def rollouts() -> dict[str, dict]:
-    """The rollout group's files, and what each experiment makes of them."""
-    groups = {
-        file.stem: OmegaConf.to_container(OmegaConf.load(file))
-        for file in sorted((CONFIGS / "rollout").glob("*.yaml"))
-    }
-    found = dict(groups)
-    for file in sorted((CONFIGS / "experiment").glob("*.yaml")):
-        experiment = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        choices = {}
-        for entry in experiment.get("defaults", []):
-            choices.update(entry if isinstance(entry, dict) else {})
-        choice = choices.get("override /rollout")
-        changes = experiment.get("rollout")
-        if choice or changes:
-            base = groups[choice or (changes or {}).get("strategy", "treepo")]
-            found[f"experiment {file.stem}"] = {**base, **(changes or {})}
-    return found
-
-
-ROLLOUTS = rollouts()
-
-
-def build(values):
-    values = dict(values)
-    strategy = STRATEGIES.get(values.pop("strategy"))
-    settings = strategy.Settings(**values)
-    settings.stop_token_ids = [1]
-    return strategy(settings)
+from shipped_rollouts import ROLLOUTS, build
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
