@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class DataPosition:
     Attributes:
         epoch: number of shuffles used up.
         deferred: indices of problems that were passed over because the batch, begun in the epoch
-            before, already held them; they come first in the next batch.
+            before, already held them, or given back; they come first in the next batch.
     """
 
     epoch: int = 0
@@ -59,22 +59,29 @@ class ProblemOrder:
             raise ValueError("the training data holds no problems")
         self.problems = list(problems)
         self.seed = seed
+        self._index = {problem.id: index for index, problem in enumerate(self.problems)}
 
     def next_batch(
-        self, position: DataPosition | Mapping[str, Any], n: int
+        self,
+        position: DataPosition | Mapping[str, Any],
+        n: int,
+        besides: Sequence[Problem] = (),
     ) -> tuple[list[Problem], DataPosition]:
         """The ``n`` different problems that follow ``position``, and the position after them.
 
         A batch may reach into the next epoch; a problem that it already holds is then deferred to
         the batch after.
 
+        Args:
+            besides: different problems that the batch adds to, and must not repeat.
+
         Raises:
             ValueError: a batch larger than the data, or a position that is not of this data.
         """
         here, size = DataPosition.of(position), len(self.problems)
-        if n < 1 or n > size:
+        if n < 1 or n + len(besides) > size:
             raise ValueError(
-                f"a batch of {n} problems cannot be drawn from {size}: set "
+                f"a batch of {n + len(besides)} problems cannot be drawn from {size}: set "
                 f"trainer.train_batch_size <= {size}, or provide more data"
             )
         if not 0 <= here.offset <= size or any(not 0 <= i < size for i in here.deferred):
@@ -82,22 +89,32 @@ class ProblemOrder:
                 f"data position {here} is not one of {size} problems: the data changed since the "
                 "checkpoint was written"
             )
-        epoch, offset = here.epoch, here.offset
-        chosen: list[int] = list(here.deferred[:n])
-        deferred: list[int] = list(here.deferred[n:])
-        held = set(chosen)
+        epoch, offset, waiting = here.epoch, here.offset, list(here.deferred)
+        held = {self._index[problem.id] for problem in besides}
+        chosen: list[int] = []
+        deferred: list[int] = []
         while len(chosen) < n:
-            if offset == size:
-                epoch, offset = epoch + 1, 0
-            index = int(shuffle(self.seed, epoch, size)[offset])
-            offset += 1
+            if waiting:
+                index = waiting.pop(0)
+            else:
+                if offset == size:
+                    epoch, offset = epoch + 1, 0
+                index = int(shuffle(self.seed, epoch, size)[offset])
+                offset += 1
             if index in held:
                 deferred.append(index)
             else:
                 chosen.append(index)
                 held.add(index)
-        after = DataPosition(epoch=epoch, offset=offset, deferred=tuple(deferred))
+        after = DataPosition(epoch=epoch, offset=offset, deferred=(*deferred, *waiting))
         return [self.problems[index] for index in chosen], after
+
+    def give_back(self, position: DataPosition, problems: Sequence[Problem]) -> DataPosition:
+        """The position when ``problems`` are not consumed after all: they come first in the next
+        batch.
+        """
+        indices = (self._index[problem.id] for problem in problems)
+        return replace(position, deferred=(*indices, *position.deferred))
 
 
 @functools.lru_cache(maxsize=4)

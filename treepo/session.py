@@ -18,19 +18,21 @@ import numpy as np
 from rewards.pool import RewardPool
 from rewards.records import RewardResult
 from rollout.tree import Tree
-from treepo.advantages import ADVANTAGES, filter_groups, scored_tree
+from treepo.advantages import estimate
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
 from treepo.config import TrainConfig
 from treepo.data import Problem, ProblemOrder
+from treepo.data_order import DataPosition
+from treepo.dynamic_sampling import GenBatch, StepBatch, gather
 from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate, require_a_verdict
 from treepo.held_out import evaluation_passes, sample_flat
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.samples import token_trees
 from treepo.step import make_prompts, mini_batches, reward_items, shuffle_verdicts
-from treepo.step_metrics import reward_metrics, tree_metrics
+from treepo.step_metrics import reward_metrics, rollout_metrics, tree_metrics
 from treepo.sync import publish_weights
 from treepo.text import Decoder
 from treepo.tracking import Tracker
@@ -78,42 +80,44 @@ class Session:
             The step's metrics.
         """
         began, self.timings = time.monotonic(), {}
-        step, trainer = self.state.step + 1, self.config.trainer
-        problems, after = self.order.next_batch(self.state.data_position, trainer.train_batch_size)
-        trees, metrics = self.sample(step, problems)
-        verdicts = self.judge(problems, trees)
-        metrics |= tree_metrics(trees) | reward_metrics(verdicts)
-        metrics |= self.learn(step, trees, verdicts)
-        self.state = replace(self.state, step=step, data_position=after)
+        step = self.state.step + 1
+        batch = gather(
+            lambda number, problems: self.draw(step, number, problems),
+            self.order,
+            DataPosition.of(self.state.data_position),
+            self.config.trainer.train_batch_size,
+            self.config.algorithm,
+        )
+        sampled = batch.sampled
+        metrics = rollout_metrics(sampled.trees, sampled.ledger)
+        metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
+        metrics |= batch.metrics() | self.learn(step, batch)
+        self.state = replace(self.state, step=step, data_position=batch.after)
         seconds = time.monotonic() - began
         metrics["timing_s/step"] = seconds
         metrics |= {f"timing_s/{name}": spent for name, spent in self.timings.items()}
         metrics["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
         metrics["training/policy_version"] = float(self.state.policy_version)
-        metrics["training/epoch"] = float(after.epoch)
+        metrics["training/epoch"] = float(batch.after.epoch)
         return metrics
 
-    def sample(self, step: int, problems: Sequence[Problem]) -> tuple[list[Tree], dict[str, float]]:
-        """Grow one tree a problem under the weights in force."""
-        prompts = make_prompts(problems, self.config.seed, "train", step)
+    def draw(self, step: int, number: int, problems: list[Problem]) -> GenBatch:
+        """Grow one tree a problem under the weights in force, and judge its leaves.
+
+        Args:
+            number: of the batch in the step, from 0: names its random draws.
+        """
+        where = ("train", step, number) if number else ("train", step)
+        prompts = make_prompts(problems, self.config.seed, *where)
         self.progress.stage("sampling trees")
         with self.clock("gen"):
             trees, ledger = self.cluster.sample(prompts, *self.strategy, self.state.policy_version)
-        total = sum(
-            len(t.path_token_ids(leaf, with_prompt=False)) for t in trees for leaf in t.leaves
-        )
-        return trees, {
-            "rollout/trajectory_tokens": float(total),
-            "rollout/generated_tokens": float(ledger.generated_tokens),
-            "rollout/query_tokens": float(ledger.query_tokens),
-            "rollout/unique_tokens": float(ledger.unique_tokens),
-            "rollout/sequential_steps": float(ledger.sequential_steps),
-            "rollout/preempted": float(ledger.preempted),
-            "rollout/peak_kv_bytes": float(ledger.peak_kv_bytes),
-            "rollout/hit_rate": ledger.hit_rate,
-            "rollout/shared_token_ratio": ledger.shared_token_ratio,
-            "rollout/tokens_per_second": ledger.tokens_per_second,
-        }
+        verdicts = self.judge(problems, trees)
+        if self.config.trainer.shuffle_rewards:
+            names = (self.config.seed, "shuffle", self.state.step)
+            key = root_key(*names, number) if number else root_key(*names)
+            verdicts = shuffle_verdicts(verdicts, key)
+        return GenBatch(problems=problems, trees=trees, verdicts=verdicts, ledger=ledger)
 
     def judge(self, problems: Sequence[Problem], trees: Sequence[Tree]) -> list[list[RewardResult]]:
         """A verdict for every leaf, by tree."""
@@ -126,43 +130,38 @@ class Session:
             verdicts = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
             by_tree = [[next(verdicts) for _ in of_tree] for of_tree in items]
         require_a_verdict([(v.has_verdict, v.detail) for of_tree in by_tree for v in of_tree])
-        if self.config.trainer.shuffle_rewards:
-            return shuffle_verdicts(by_tree, root_key(self.config.seed, "shuffle", self.state.step))
         return by_tree
 
-    def learn(
-        self, step: int, trees: Sequence[Tree], verdicts: Sequence[Sequence[RewardResult]]
-    ) -> dict[str, float]:
+    def learn(self, step: int, batch: StepBatch) -> dict[str, float]:
         """Advantages, the update and the publication of its outcome. A batch in which no group
         has a signal is skipped: no update, no new version, and a metric that says so.
         """
         algorithm, trainer = self.config.algorithm, self.config.trainer
         with self.clock("adv"):
-            groups = [scored_tree(t, v) for t, v in zip(trees, verdicts, strict=True)]
-            informative, counts = filter_groups(groups, algorithm.filter_groups_metric)
-            kept = informative if algorithm.filter_groups else groups
-            advantages = ADVANTAGES.get(algorithm.adv_estimator)(kept, algorithm)
+            advantages = estimate(batch.kept, algorithm)
             if trainer.save_trees_freq and step % trainer.save_trees_freq == 0:
                 by_problem = {
                     group.tree.problem_id: values
-                    for group, values in zip(kept, advantages, strict=True)
+                    for group, values in zip(batch.kept, advantages, strict=True)
                 }
-                write_trees(self.run.trees_file(step), trees, verdicts, by_problem, self.decoder)
-            batches = token_trees(kept, advantages, drop_untrained=True)
-        metrics = {
-            "training/num_groups": float(counts.num_groups),
-            "training/num_informative_groups": float(counts.num_kept),
-            "training/num_groups_without_verdict": float(counts.num_without_verdict),
-        }
-        if not informative or not batches:
-            return metrics | {"training/skipped_steps": 1.0}
+                sampled = batch.sampled
+                write_trees(
+                    self.run.trees_file(step),
+                    sampled.trees,
+                    sampled.verdicts,
+                    by_problem,
+                    self.decoder,
+                )
+            trees = token_trees(batch.kept, advantages, drop_untrained=True)
+        if not batch.counts.num_kept or not trees:
+            return {"training/skipped_steps": 1.0}
         self.progress.stage("learning")
         with self.clock("update_actor"):
             key = root_key(self.config.seed, "mini-batches", step)
-            metrics |= self.cluster.update(mini_batches(batches, self.config, key))
+            metrics = self.cluster.update(mini_batches(trees, self.config, key))
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)
         self.progress.stage("publishing weights")
-        trained = sum(tree.num_tokens for tree in batches)
+        trained = sum(tree.num_tokens for tree in trees)
         metrics["training/trained_tokens"] = float(trained * trainer.ppo_epochs)
         return metrics | self.publish() | {"training/skipped_steps": 0.0}
 

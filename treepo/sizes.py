@@ -21,10 +21,19 @@ def derived_sizes(config: TrainConfig) -> dict[str, str]:
         "updates a step": f"{updates} of {trainer.ppo_mini_batch_size} prompts each",
         "updates in all": str(updates * trainer.total_steps),
         "prompts in all": str(trainer.train_batch_size * trainer.total_steps),
+        **_dynamic_sampling(config),
         "longest path": f"{config.max_prompt_length + strategy.max_response_length} tokens",
     }
     sizes.update(_memory(config))
     return sizes
+
+
+def _dynamic_sampling(config: TrainConfig) -> dict[str, str]:
+    most = config.algorithm.max_num_gen_batches
+    if most == 1:
+        return {}
+    prompts = most * config.trainer.train_batch_size
+    return {"dynamic sampling": f"up to {most} batches, {prompts} prompts a step"}
 
 
 def _memory(config: TrainConfig) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rewards.pool import count_outcomes
 from rewards.records import RewardResult
+from rollout.metrics import CostLedger
 from rollout.tree import TRUNCATED, Tree
 
 
@@ -20,6 +21,24 @@ def response_lengths(tree: Tree) -> list[int]:
         above = depth[segment.parent] if segment.parent >= 0 else 0
         depth[index] = above + (segment.num_tokens if segment.sampled else 0)
     return [depth[leaf] for leaf in tree.leaves]
+
+
+def rollout_metrics(trees: Sequence[Tree], ledger: CostLedger) -> dict[str, float]:
+    """What sampling the trees took."""
+    return {
+        "rollout/trajectory_tokens": float(
+            sum(len(t.path_token_ids(leaf, with_prompt=False)) for t in trees for leaf in t.leaves)
+        ),
+        "rollout/generated_tokens": float(ledger.generated_tokens),
+        "rollout/query_tokens": float(ledger.query_tokens),
+        "rollout/unique_tokens": float(ledger.unique_tokens),
+        "rollout/sequential_steps": float(ledger.sequential_steps),
+        "rollout/preempted": float(ledger.preempted),
+        "rollout/peak_kv_bytes": float(ledger.peak_kv_bytes),
+        "rollout/hit_rate": ledger.hit_rate,
+        "rollout/shared_token_ratio": ledger.shared_token_ratio,
+        "rollout/tokens_per_second": ledger.tokens_per_second,
+    }
 
 
 def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
