@@ -14,18 +14,16 @@ from treepo.tracking import read_rows
 
 pytestmark = pytest.mark.long
 
-# Two of three problems always score 1: no signal. A response to the others scores its last digit.
+# Every other problem scores 1 whatever the response: no signal. The others' scores vary with the
+# response, which a high temperature makes differ.
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    if int(ground_truth) % 3:
-        return 1.0
-    digits = [c for c in solution_str if c.isdigit()]
-    return int(digits[-1]) / 10 if digits else 0.0
+    return 1.0 if int(ground_truth) % 2 else sum(map(ord, solution_str)) % 10 / 10
 """
 
 
 def overrides(tmp_path: Path, total_steps: int) -> list[str]:
-    file = tmp_path / "one_in_three.py"
+    file = tmp_path / "every_other.py"
     file.write_text(REWARD)
     return [
         f"trainer.total_steps={total_steps}",
@@ -33,6 +31,7 @@ def overrides(tmp_path: Path, total_steps: int) -> list[str]:
         "trainer.learner.optimizer.lr_warmup_steps=1",
         "trainer.keep_checkpoints=9",
         "algorithm=dynamic",
+        "rollout.temperature=2.0",
         "data.size=24",
         "reward=custom",
         f"reward.parts.custom.name={file}:compute_score",
@@ -59,6 +58,7 @@ def test_steps_sample_further_batches_within_the_bound_and_use_each_prompt_once(
     rows = read_rows(tmp_path / "latest" / "metrics.jsonl")[1:]
     batches = [row["training/num_gen_batches"] for row in rows]
     assert max(batches) > 1 and max(batches) <= 3
+    assert any(row["training/num_returned_groups"] for row in rows)
     consumed: Counter[str] = Counter()
     returned_before: list[str] = []
     for row, step in zip(rows, range(1, 5), strict=True):
