@@ -50,6 +50,10 @@ def _memory(config: TrainConfig) -> dict[str, str]:
         f"over {config.cluster.num_learner_ranks} ranks, ZeRO {config.trainer.learner.zero_stage}",
         "engine weights": _engine_weights(config, parameters * width),
     }
+    learner = config.trainer.learner
+    if learner.policy_loss.kl_loss_coef > 0:
+        size = parameters * {"float32": 4, "bfloat16": 2}[learner.dtype]
+        sizes["reference model"] = f"{_gib(size)} a learner rank, for the KL penalty"
     heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
     layers, hidden = model.get("num_hidden_layers"), model.get("hidden_size")
     if heads and layers and hidden:

@@ -63,6 +63,10 @@ def test_the_sizes_are_those_worked_out_by_hand():
     assert sizes["updates a step"] == "4 of 12 prompts each"
     assert sizes["updates in all"] == "40" and sizes["prompts in all"] == "240"
     assert sizes["parameters"] == "358,752"
+    assert "reference model" not in sizes
+    overrides += ["trainer.learner.policy_loss.kl_loss_coef=0.01"]
+    with_kl = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart", *overrides]))
+    assert with_kl["reference model"].startswith(f"{358_752 * 4 / 2**20:.1f} MiB a learner rank")
     # 2 (K and V) x 3 layers x 2 heads x 32 x 4 bytes a token
     kv_bytes = 2 * 3 * 2 * 32 * 4 * config.engine.num_kv_slots
     assert sizes["KV pool"].startswith(f"{kv_bytes / 2**20:.1f} MiB")

@@ -13,7 +13,12 @@ from treepo.tracking import read_rows
 
 pytestmark = pytest.mark.long
 
-OVERRIDES = ("trainer.total_steps=6", "trainer.save_freq=2", "trainer.keep_checkpoints=9")
+OVERRIDES = (
+    "trainer.total_steps=6",
+    "trainer.save_freq=2",
+    "trainer.keep_checkpoints=9",
+    "trainer.learner.policy_loss.kl_loss_coef=0.01",  # a reference that is loaded anew
+)
 
 
 def wait_for(condition, process, seconds: float = 240) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from rollout.settings import EngineSettings
 from rollout.strategies import FlatSettings, Prompt, TreePOSettings
 from rollout.strategies.base import STRATEGIES
 from trainers import attention
-from trainers.losses import POLICY_LOSSES, TrainedTokens
+from trainers.losses import POLICY_LOSSES, trained_tokens
 from trainers.model import PolicyModel
+from trainers.objective import objective
 from trainers.packing import pack_row, total_weight
 from trainers.settings import PolicyLossSettings
 from treepo.advantages import ScoredTree, estimate
@@ -65,22 +68,16 @@ def scored(trees):
     return groups
 
 
-def loss_of(policy, samples, denominator):
+def loss_of(policy, samples, denominator, settings):
     row = pack_row(samples, denominator)
     index = torch.nonzero(row.weight > 0).squeeze(1)
     logprobs, entropy = policy(row, index)
-    tokens = TrainedTokens(
-        logprobs=logprobs,
-        entropy=entropy,
-        # an older policy, so that some ratios are clipped
-        old_logprobs=row.behaviour_logprobs[index] + 0.5 * torch.sin(row.token_ids[index].float()),
-        advantage_pos=row.advantage_pos[index],
-        advantage_neg=row.advantage_neg[index],
-        weight=row.weight[index],
-        index=index,
-        batch=row,
-    )
-    return POLICY_LOSSES.get("ppo_clip")(tokens, PolicyLossSettings()).loss.sum() / denominator
+    # an older policy, so that some ratios are clipped, and a reference that differs as well
+    shift = torch.sin(row.token_ids[index].float())
+    recorded = row.behaviour_logprobs[index]
+    tokens = trained_tokens(row, index, logprobs, entropy, ref_logprobs=recorded - 0.3 * shift)
+    tokens = replace(tokens, old_logprobs=recorded + 0.5 * shift)
+    return objective(tokens, POLICY_LOSSES.get(settings.name), settings).loss
 
 
 @pytest.mark.parametrize("name", STRATEGY_SETTINGS)
@@ -98,10 +95,18 @@ def test_the_trainer_recomputes_the_log_probs_that_the_engine_recorded(sampled, 
     assert (row.sampling_logprobs[index] - logprobs).max() > 0.01
 
 
+LOSSES = [
+    PolicyLossSettings(),
+    PolicyLossSettings(name="gspo", clip_ratio_low=0.1, clip_ratio_high=0.1, kl_loss_coef=0.2),
+    PolicyLossSettings(name="cispo"),
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: settings.name)
 @pytest.mark.parametrize("weighting", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("name", STRATEGY_SETTINGS)
 def test_sampled_trees_have_the_loss_and_gradient_of_their_responses(
-    sampled, policy, name, weighting
+    sampled, policy, name, weighting, settings
 ):
     groups = scored(sampled[name])
     advantages = estimate(groups, AdvantageSettings(loss_weighting=weighting))
@@ -116,7 +121,7 @@ def test_sampled_trees_have_the_loss_and_gradient_of_their_responses(
     gradients = []
     for samples in (trees, flat):
         policy.zero_grad()
-        loss = loss_of(policy, samples, denominator)
+        loss = loss_of(policy, samples, denominator, settings)
         loss.backward()
         gradients.append((loss.item(), [p.grad.clone() for p in policy.parameters()]))
     (tree_loss, of_trees), (flat_loss, of_flat) = gradients
