@@ -29,6 +29,7 @@ CURVES = (
     "actor/entropy",
     "actor/pg_clipfrac",
     "actor/ppo_kl",
+    "actor/kl_loss",
     "actor/grad_norm",
     "frac_reward_zero_std",
     "training/rollout_probs_diff_mean",

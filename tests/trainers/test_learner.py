@@ -286,13 +286,17 @@ def test_a_gspo_update_reports_the_share_of_clipped_responses(model_path):
 
 def test_bfloat16_keeps_rotary_buffers_and_follows_the_float32_update(model_path):
     settings = OptimizerSettings(name="sgd", lr=0.5, weight_decay=0.0)
-    learner = Learner(model_path, LearnerSettings(dtype="bfloat16", optimizer=settings))
+    with_kl = PolicyLossSettings(kl_loss_coef=0.1)
+    learner = Learner(
+        model_path, LearnerSettings(dtype="bfloat16", optimizer=settings, policy_loss=with_kl)
+    )
     assert {p.dtype for p in learner.policy.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in learner.policy.buffers() if b.is_floating_point()} == {torch.float32}
     reference = Learner(model_path, LearnerSettings(optimizer=settings))
     before = state_of(reference)
     rows = rows_of(trees_of(4), 200)
     low, full = learner.update([rows]), reference.update([rows])
+    assert low["actor/kl_loss"] == 0  # the reference rounds as the policy does
     assert low["actor/grad_norm"] == pytest.approx(full["actor/grad_norm"], rel=0.05)
     name = "model.layers.0.mlp.down_proj.weight"
     moved = (state_of(reference)[name] - before[name]).flatten()

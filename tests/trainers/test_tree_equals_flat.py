@@ -172,6 +172,13 @@ def test_every_family_that_the_engine_serves_trains_on_trees_as_on_sequences(fam
     )
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_random_trees_have_every_objective_and_gradient_of_their_leaves_in_float64(family, seed):
+    check_family(new_models(lambda number: tiny_model(family, number)), 1e-10, seed=seed)
+
+
 def test_shared_tokens_serve_leaves_of_both_signs_and_of_different_length():
     rng = random.Random(3)
     trees = [token_tree(random_tree(rng)) for _ in range(2)]
