@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rollout.strategies.branching import SCORE_GRID
 from rollout.strategies.fallback import Ended
 from rollout.strategies.settings import TreePOSettings
 
@@ -24,8 +25,10 @@ def from_start(response: Ended, draw: float, settings: TreePOSettings) -> int:
 
 
 def lowest_logprob(response: Ended, draw: float, settings: TreePOSettings) -> int:
-    """Before the token of the lowest log-prob, the first of several."""
-    return int(np.argmin(response.logprobs))
+    """Before the token of the lowest log-prob, the first of several that differ by no more than
+    their rounding in a batch (``SCORE_GRID``).
+    """
+    return int(np.argmin(np.round(response.logprobs / SCORE_GRID)))
 
 
 def block_softmax(response: Ended, draw: float, settings: TreePOSettings) -> int:

@@ -211,3 +211,23 @@ def test_the_variants_differ_where_they_should_and_fallbacks_happen():
         for one, other in combinations(names, 2):
             alike = same(expected(one), expected(other))
             assert not alike, f"{one} and {other} grew the same trees"
+
+
+@pytest.mark.parametrize("branching", ["low_logprob", "entropy"])
+def test_equal_paths_tie_although_a_batch_changes_the_last_digits_of_their_log_probs(branching):
+    """Greedy paths are all the same; in float32 their log-probs are not, and change with the
+    service. Ties have to go by path key all the same.
+    """
+    greedy = TreePOSettings(
+        n=11, segment_length=4, max_depth=5, max_response_length=20, repetition_count=0,
+        branching=branching, temperature=0.0, initial_divergence_min=3, initial_divergence_max=3,
+    )  # fmt: skip
+    trees = []
+    for order_seed, changes in enumerate(
+        [{}, {"share_prefixes": False}, {"max_running_requests": 3}, {"max_running_requests": 2}]
+    ):
+        used = Engine(
+            tiny_model("gpt2", torch.float32), EngineSettings(num_kv_slots=2048, **changes)
+        )
+        trees.append(generate_all(used, TreePO(greedy), prompts(), order_seed=order_seed))
+    assert all(same(trees[0], others) for others in trees[1:])

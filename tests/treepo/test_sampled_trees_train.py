@@ -28,7 +28,11 @@ SAMPLING = dict(temperature=0.85, top_p=0.95, max_response_length=20, stop_token
 STRATEGY_SETTINGS = {
     "flat": FlatSettings(n=6, **SAMPLING),
     "treepo": TreePOSettings(n=8, segment_length=5, max_depth=4, **SAMPLING),
-}
+    "treepo cut in segments": TreePOSettings(
+        n=16, segment_length=5, max_depth=4, fallback_cut="misaligned", fallback_block_length=2,
+        **{**SAMPLING, "stop_token_ids": list(range(1, 10))},
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def sampled(tiny_model_path):
     ]
     trees = {}
     for name, settings in STRATEGY_SETTINGS.items():
-        strategy = STRATEGIES.get(name)(settings)
+        strategy = STRATEGIES.get(name.split()[0])(settings)
         trees[name] = generate_all(engine, strategy, prompts)
         for seed in range(2):
             again = generate_all(engine, strategy, prompts, order_seed=seed)
