@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Set
 from dataclasses import fields
 from typing import Any
-
-import numpy as np
 
 _LARGEST = 1 << 31  # integers must be smaller in size: they become int32 tensors
 
@@ -46,7 +44,7 @@ def as_int(value: Any) -> int:
     Raises:
         TypeError, OverflowError: it is something else.
     """
-    if isinstance(value, bool | np.bool_):
+    if isinstance(value, bool):
         raise TypeError("a bool")
     number = operator.index(value)
     if abs(number) >= _LARGEST:
@@ -55,7 +53,7 @@ def as_int(value: Any) -> int:
 
 
 def _as_float(value: Any) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError("no number")
     number = float(value)
     if not math.isfinite(number):
@@ -64,7 +62,7 @@ def _as_float(value: Any) -> float:
 
 
 def _as_bool(value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, bool):
         raise TypeError("no bool")
     return bool(value)
 
@@ -78,7 +76,7 @@ def _as_str(value: Any) -> str:
 
 def _each(convert: Callable[[Any], Any], kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def convert_all(values: Any) -> Any:
-        if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        if isinstance(values, str | bytes | Set | Mapping):
             raise TypeError("no sequence")
         return kind(convert(value) for value in values)
 
