@@ -7,8 +7,8 @@ the number of layers. Sampling is tensor work over the vocabulary and is reporte
 is what a step costs outside the forward and the sampling.
 
 "Forward" is the whole call of the model: the Python of transformers' modules and of our attention
-(``attend`` of the plan) is in it, as the model cannot be run without. "Scheduler" is what is left of
-the step, freeing the memory of the logits included.
+(``attend`` of the plan) is in it. "Scheduler" is what is left of the step, freeing the memory of
+the logits included.
 """
 
 from __future__ import annotations
@@ -132,7 +132,11 @@ def _report(measured: dict[int, dict[str, float]], steps: int, options: Options)
         }
         rows.append((case, *micro.values(), 1e6 * host / size, shares[case], with_sampling[case]))
         gates.append(
-            Gate(name=f"host share outside forward and sampling, {case} running", value=shares[case], at_most=0.15)
+            Gate(
+                name=f"host share outside forward and sampling, {case} running",
+                value=shares[case],
+                at_most=0.15,
+            )
         )
     parts = next(iter(measured.values()))
     header = ("running", *parts, "outside, a sequence", "share outside", "with sampling")
