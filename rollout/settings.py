@@ -31,7 +31,8 @@ class EngineSettings:
     cuda_graphs: bool = True  # on a GPU with triton_tree: steady decode steps as CUDA graphs
     share_prefixes: bool = True  # False: every request computes its whole path privately
     fp32_lm_head: bool = False  # logits in float32 from bfloat16 or float16 weights
-    pack_weights: bool = True  # CPU: a second copy of the weights, laid out for few rows
+    # CPU: a second copy of the weights, laid out for few rows; decoder layers run fused
+    pack_weights: bool = True
     # CPU: pad rows so that linear layers round each alike in any company (float64 always does)
     pad_rows: bool = False
     num_threads: int = 1  # torch threads of a rollout worker
