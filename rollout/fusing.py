@@ -132,7 +132,10 @@ def _arguments(
 
 def _form(layer: DecoderLayer, arguments: dict[str, Any]) -> Form | None:
     """What the layer hands to attention, if it is of a form that can be fused."""
-    _, got = _trial(layer.__call__, _rows(layer), arguments)
+    try:
+        _, got = _trial(layer.__call__, _rows(layer), arguments)
+    except _CODE_ERRORS:  # it cannot be called alone
+        return None
     if len(got) != 1:
         return None
     index, variant, (query, key, value) = got[0]
@@ -180,8 +183,8 @@ def _draw(layer: DecoderLayer, size: float) -> None:
 def _agree(fused: FusedForward, layer: DecoderLayer, arguments: dict[str, Any]) -> bool:
     """Whether both hand the same to attention and return the same."""
     rows = _rows(layer)
-    expected, given = _trial(layer.__call__, rows, arguments)
     try:
+        expected, given = _trial(layer.__call__, rows, arguments)
         found, taken = _trial(fused, rows, arguments)
     except _CODE_ERRORS:
         return False
