@@ -29,52 +29,14 @@ from harness import (
     run_paired,
     speedup,
 )
+from peers import Sampling, generate_batch_run
 from roofline import Costs, Machine, Workload, total_bound
-from shapes import copy_of
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from shapes import QWEN2, copy_of, qwen2
+from transformers import PreTrainedModel
 
 from rollout import Engine, EngineSettings, ExtendSpec
 
 AIM = 0.6  # of the bound, for the largest shape
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    ),
-    "0.5b": dict(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "1.5b": dict(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-}
 OURS, PRIVATE, BATCH = "ours", "ours, no sharing", "generate_batch"
 
 
@@ -91,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, Choices]:
     parser.add_argument("--quick", action="store_true", help="a small version")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the script")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["0.5b", "1.5b", "7b"])
+    parser.add_argument("--shapes", nargs="+", choices=list(QWEN2), default=["0.5b", "1.5b", "7b"])
     found = parser.parse_args(argv)
     if torch.device(found.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -106,18 +68,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, Choices]:
 
 def random_model(shape: str, device: str) -> PreTrainedModel:
     """Random weights, made on the device: bfloat16 on a GPU, float32 elsewhere."""
-    config = Qwen2Config(
-        **SHAPES[shape],
-        max_position_embeddings=32768,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+    dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return qwen2(shape, dtype=dtype, device=device)
 
 
 def workloads(quick: bool, shape: str) -> list[Workload]:
@@ -184,36 +136,10 @@ class OurRun:
 
 def batch_run(model: PreTrainedModel, work: Workload, page_size: int) -> Callable[[], None]:
     """The leaves of a workload on ``model.generate_batch``."""
-    prompts = prompts_of(work, model.config.vocab_size)
-    total = work.num_leaves // work.num_prompts
-    pages = -(-(work.prompt_length + work.depth) // page_size) + 1
-    settings = ContinuousBatchingConfig(
-        page_size=page_size,
-        num_blocks=pages * (work.num_leaves + work.num_prompts),
-        max_batch_tokens=max(256, work.num_prompts * work.prompt_length),
+    sampling = Sampling(n=work.num_leaves // work.num_prompts, new_tokens=work.depth)
+    return generate_batch_run(
+        model, prompts_of(work, model.config.vocab_size), sampling, page_size=page_size
     )
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=work.depth,
-        num_return_sequences=total,
-        eos_token_id=-1,
-        pad_token_id=0,
-    )
-
-    def run() -> None:
-        found = model.generate_batch(
-            prompts,
-            generation_config=config,
-            continuous_batching_config=settings,
-            persistent_manager=True,
-        )
-        assert len(found) == work.num_leaves
-        assert all(len(one.generated_tokens) == work.depth for one in found.values())
-
-    return run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

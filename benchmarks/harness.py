@@ -172,7 +172,7 @@ def finish(report: Report, options: Options) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns of text; numbers with three digits, aligned right."""
+    """Columns of text; numbers with four digits, aligned right."""
     lines = [[str(cell) for cell in header], *([_cell(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     print(f"\n{title}")
@@ -211,7 +211,7 @@ def _processor() -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -1,10 +1,14 @@
-"""Host work of a decode step: scheduler, plan, table and sampling, against the model's forward.
+"""Host work outside forward and sampling in a decode step: scheduler, plan and table.
 
 A model in the shape of Qwen2.5-0.5B decodes 1, 64 and 512 sequences below one prompt. The parts of
 a step are timed where they stand, so that they add up to the step. The forward is measured with two
 numbers of layers and drawn out linearly to the 24 of the shape; the other parts do not depend on
 the number of layers. Sampling is tensor work over the vocabulary and is reported apart: host work
-is what a step costs besides the forward and the sampling.
+is what a step costs outside the forward and the sampling.
+
+"Forward" is the whole call of the model: the Python of transformers' modules and of our attention
+(``attend`` of the plan) is in it. "Scheduler" is what is left of the step, freeing the memory of
+the logits included.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Gate, Options, Report, device_in_words, finish, parse_args, print_table
-from shapes import qwen2_half_billion
+from shapes import qwen2
 
 import rollout.decoder as decoder
 from rollout import Engine, EngineSettings, ExtendSpec
@@ -91,7 +95,7 @@ def measure(quick: bool, sizes: Sequence[int], steps: int) -> dict[int, dict[str
     few, more = 2, 3 if quick else 4
     found = {}
     for layers in (few, more):
-        model = qwen2_half_billion(num_layers=layers)
+        model = qwen2("0.5b", num_layers=layers)
         engine = Engine(model, EngineSettings(num_kv_slots=PROMPT + max(sizes) * (steps + 8)))
         found[layers] = {size: decode_steps(engine, size, steps) for size in sizes}
     whole = {}
@@ -128,10 +132,14 @@ def _report(measured: dict[int, dict[str, float]], steps: int, options: Options)
         }
         rows.append((case, *micro.values(), 1e6 * host / size, shares[case], with_sampling[case]))
         gates.append(
-            Gate(name=f"host share of a step, {case} running", value=shares[case], at_most=0.15)
+            Gate(
+                name=f"host share outside forward and sampling, {case} running",
+                value=shares[case],
+                at_most=0.15,
+            )
         )
     parts = next(iter(measured.values()))
-    header = ("running", *parts, "host a sequence", "host share", "with sampling")
+    header = ("running", *parts, "outside, a sequence", "share outside", "with sampling")
     print_table("microseconds of a decode step (0.5B shape, 24 layers)", header, rows)
     report = Report(
         name="host_overhead",

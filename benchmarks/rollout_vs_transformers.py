@@ -26,9 +26,9 @@ from harness import (
     run_paired,
     speedup,
 )
+from peers import Sampling, generate_batch_run
 from shapes import copy_of, qwen3_7m
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import PreTrainedModel
 
 from rollout import Engine, EngineSettings, ExtendSpec
 
@@ -48,6 +48,10 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.dtype}, prompt {self.prompt_length}, n={self.n}"
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(n=self.n, new_tokens=self.new_tokens)
 
     def prompt(self, vocabulary: int) -> list[int]:
         return np.random.default_rng(0).integers(1, vocabulary, self.prompt_length).tolist()
@@ -73,7 +77,7 @@ def our_run(engine: Engine, case: Case) -> Callable[[], None]:
 def generate_run(model: PreTrainedModel, case: Case) -> Callable[[], None]:
     """A run of ``model.generate``."""
     ids = torch.tensor([case.prompt(model.config.vocab_size)])
-    config = _generation_config(case)
+    config = case.sampling.config()
     whole = (case.n, case.prompt_length + case.new_tokens)
 
     def run() -> None:
@@ -88,27 +92,13 @@ def batch_run(
     model: PreTrainedModel, case: Case, page_size: int, pool_for: Case | None = None
 ) -> Callable[[], None]:
     """A run of ``model.generate_batch``, with a pool for ``pool_for`` (None: for ``case``)."""
-    prompt = case.prompt(model.config.vocab_size)
-    largest = pool_for or case
-    pages = -(-(largest.prompt_length + largest.new_tokens) // page_size) + 1
-    settings = ContinuousBatchingConfig(
+    return generate_batch_run(
+        model,
+        [case.prompt(model.config.vocab_size)],
+        case.sampling,
         page_size=page_size,
-        num_blocks=pages * (case.n + 1),
-        max_batch_tokens=max(256, case.prompt_length, case.n),
+        pool_tokens=(pool_for or case).new_tokens,
     )
-    config = _generation_config(case)
-
-    def run() -> None:
-        found = model.generate_batch(
-            [prompt],
-            generation_config=config,
-            continuous_batching_config=settings,
-            persistent_manager=True,
-        )
-        assert len(found) == case.n
-        assert all(len(r.generated_tokens) == case.new_tokens for r in found.values())
-
-    return run
 
 
 def compare(engine: Engine, peers: Sequence[PreTrainedModel], case: Case, rounds: int) -> Seconds:
@@ -148,18 +138,6 @@ def query_tokens(engine: Engine, case: Case) -> int:
     engine.reset_metrics()
     our_run(engine, case)()
     return engine.metrics().query_tokens
-
-
-def _generation_config(case: Case) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=case.new_tokens,
-        num_return_sequences=case.n,
-        pad_token_id=0,
-    )
 
 
 def cases(quick: bool) -> tuple[Case, list[Case]]:

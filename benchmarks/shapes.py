@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+# Qwen2.5's shapes, and a tiny one to try a script with.
+QWEN2: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    ),
+    "0.5b": dict(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "1.5b": dict(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def qwen3_7m(*, dtype: str = "float32", max_position: int = 4096) -> PreTrainedModel:
@@ -46,22 +87,21 @@ def qwen3_of_width(width: int, *, num_layers: int, vocab: int = 4096) -> PreTrai
     return _random(config, "float32")
 
 
-def qwen2_half_billion(*, num_layers: int, dtype: str = "float32") -> PreTrainedModel:
-    """Qwen2.5-0.5B's shape (which has 24 layers) with ``num_layers``."""
+def qwen2(
+    shape: str, *, num_layers: int | None = None, dtype: str = "float32", device: str = "cpu"
+) -> PreTrainedModel:
+    """A shape of ``QWEN2`` with its own number of layers or ``num_layers``, made on the device."""
+    sizes = dict(QWEN2[shape])
+    if num_layers is not None:
+        sizes["num_hidden_layers"] = num_layers
     config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=num_layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
+        **sizes,
         max_position_embeddings=32768,
-        tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return _random(config, dtype)
+    return _random(config, dtype, device)
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,7 +109,10 @@ def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 
 
-def _random(config, dtype: str) -> PreTrainedModel:
+def _random(config, dtype: str, device: str = "cpu") -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    return model.to(getattr(torch, dtype)).eval()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+    return model.eval()

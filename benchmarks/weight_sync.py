@@ -31,7 +31,7 @@ from harness import (
     run_paired,
     speedup,
 )
-from shapes import qwen2_half_billion, qwen3_7m
+from shapes import qwen2, qwen3_7m
 
 from rollout.settings import EngineSettings
 from rollout.worker import RolloutWorker
@@ -163,7 +163,7 @@ def _call(function: Callable[[], Any]) -> Callable[[Any], Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(__doc__, argv)
-    model = qwen3_7m() if options.quick else qwen2_half_billion(num_layers=6)
+    model = qwen3_7m() if options.quick else qwen2("0.5b", num_layers=6)
     manifest = prepare(dict(model.state_dict()), DTYPE).manifest
     buckets = [bucket_bytes(runs) for runs in plan_buckets(manifest, MAX_BUCKET_BYTES)]
     with tempfile.TemporaryDirectory() as folder:

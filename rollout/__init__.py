@@ -9,22 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rollout.drafts import Draft as Draft
     from rollout.drafts import DraftTree as DraftTree
     from rollout.engine import Engine as Engine
     from rollout.extend import ExtendSpec as ExtendSpec
     from rollout.metrics import CostLedger as CostLedger
+    from rollout.requests import Completion as Completion
     from rollout.scheduler import generate as generate
+    from rollout.scoring import Scorer as Scorer
     from rollout.settings import EngineSettings as EngineSettings
+    from rollout.store import Node as Node
     from rollout.tree import Segment as Segment
     from rollout.tree import Tree as Tree
 
 _PUBLIC = {
+    "Draft": "rollout.drafts",
     "DraftTree": "rollout.drafts",
     "Engine": "rollout.engine",
     "ExtendSpec": "rollout.extend",
     "CostLedger": "rollout.metrics",
+    "Completion": "rollout.requests",
     "generate": "rollout.scheduler",
+    "Scorer": "rollout.scoring",
     "EngineSettings": "rollout.settings",
+    "Node": "rollout.store",
     "Segment": "rollout.tree",
     "Tree": "rollout.tree",
 }

@@ -9,6 +9,7 @@ has drawn; it is computed again when there is room, and draws on as if nothing h
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -46,14 +47,17 @@ class Decoder:
     # What the engine asks.
 
     def submit(self, node: Node, spec: ExtendSpec, path_key: int) -> int:
-        """Queue a request; returns its id."""
-        request = Request(self._next_id, node, spec, path_key)
+        """Queue a request; returns its id. ``node`` may be freed meanwhile."""
+        own = self.store.append(node, Drawn().token_ids)
+        self.store.soften(own)
+        request = Request(self._next_id, own, spec, path_key)
         self._next_id += 1
         if spec.max_tokens:
             self.waiting.append(request)
             self.unfinished.add(request.request_id)
         else:
-            handle = self.store.append(node, Drawn().token_ids)
+            handle = self.store.append(own, own.token_ids)
+            self.store.free(own, drop=False)
             self.done.append(self._completion(request, Drawn.nothing(spec), LENGTH, handle))
         return request.request_id
 
@@ -73,9 +77,20 @@ class Decoder:
         for request in self.running:
             if request.request_id == request_id:
                 self._stop(request)
+                self.store.free(request.node, drop=False)
                 return True
-        self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
+        for request in [r for r in self.waiting if r.request_id == request_id]:
+            self.waiting.remove(request)
+            self.store.free(request.node, drop=False)
         return True
+
+    def known_ids(self) -> set[int]:
+        """Ids of requests that are unfinished, or finished and not fetched."""
+        return self.unfinished | {completion.request_id for completion in self.done}
+
+    def keep(self, completions: Sequence[Completion]) -> None:
+        """Take fetched completions back, for those who ask for them later."""
+        self.done[:0] = completions
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -124,7 +139,10 @@ class Decoder:
         while self.waiting and len(self.running) < self.settings.max_running_requests:
             if not self._start(self.waiting[0]):
                 if not self.running:
-                    raise ValueError(self.store.too_small("a request"))
+                    first = self.waiting[0].request_id
+                    raise ValueError(
+                        f"{self.store.too_small(f'request {first}')}: cancel it or free handles"
+                    )
                 break
             self.running.append(self.waiting.popleft())
             self._last = None
@@ -196,11 +214,13 @@ class Decoder:
         keep = min(len(leaf.slots), count - 1 if reason == STOP else count) if is_cache else 0
         tree.unlock(leaf)
         if is_cache:
-            tree.close(leaf, drawn.token_ids, count - 1, keep)
-            node = store.handle(request.node, drawn.token_ids, leaf)
+            own = drawn.token_ids.copy()  # the completion's array is its receiver's
+            tree.close(leaf, own, count - 1, keep)
+            node = store.handle(request.node, own, leaf)
         else:
             tree.close(leaf, drawn.token_ids[:0], 0, 0)
-            node = store.append(request.node, drawn.token_ids)
+            node = store.append(request.node, drawn.token_ids.copy())
+        store.free(request.node, drop=False)
         self._leave(request)
         self.unfinished.remove(request.request_id)
         self.done.append(self._completion(request, drawn, reason, node))

@@ -7,7 +7,7 @@ the logits at each, keep a path of them with its keys and values, drop the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from rollout.attention.base import Block
 from rollout.forward import TreeForward
 from rollout.radix_tree import TreeNode
 from rollout.store import Node, TreeStore
+from treepo.base.typed import as_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,6 +37,13 @@ class DraftTree:
     token_ids: np.ndarray
 
     def __post_init__(self) -> None:
+        for name in ("parents", "token_ids"):  # lists, too
+            value = np.asarray(getattr(self, name))
+            if len(value) and value.dtype.kind not in "iu":
+                raise ValueError(f"draft tree: {name} must be integers, not {value.dtype}")
+            object.__setattr__(
+                self, name, value.astype(np.int64 if name == "parents" else np.int32)
+            )
         if self.parents.shape != self.token_ids.shape or self.parents.ndim != 1:
             raise ValueError(
                 f"draft tree: parents {self.parents.shape} and token_ids {self.token_ids.shape} "
@@ -82,9 +90,9 @@ class Draft:
 
 
 def forward_draft(
-    store: TreeStore, forward: TreeForward, node: Node, tree: DraftTree, chunk: int
+    store: TreeStore, forward: TreeForward, node: Node, tree: DraftTree, budget: int
 ) -> Draft:
-    """Compute a draft tree below ``node``, and what is missing of the node's own path, ``chunk``
+    """Compute a draft tree below ``node``, and what is missing of the node's own path, ``budget``
     rows a forward.
 
     Raises:
@@ -95,9 +103,16 @@ def forward_draft(
     if not store.give_slots(base, growth=len(tree), may_break=True):
         store.tree.unlock(base)
         raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
-    forward.compute(base, chunk)
-    runs, run_of, offset_of = _plant(store, base, tree)
-    logits = _logits(forward, base, runs, run_of, offset_of)
+    runs: list[TreeNode] = []
+    try:
+        forward.compute(base, budget)
+        run_of, offset_of = _plant(store, base, tree, runs)
+        logits = _logits(forward, base, runs, run_of, budget)
+    except BaseException:  # such as no memory: nothing may stay behind
+        for run in reversed(runs):
+            store.tree.remove(run)
+        store.tree.unlock(base)
+        raise
     forward.meter.count(draft_tokens=len(tree))
     return Draft(
         node=node,
@@ -122,7 +137,7 @@ def commit_draft(store: TreeStore, draft: Draft, path: Sequence[int]) -> Node:
     Raises:
         ValueError: the indices are no path of the draft tree.
     """
-    _check_path(draft.tree, path)
+    path = _checked_path(draft.tree, path)
     kept: dict[int, int] = {}  # run -> tokens of it that stay
     for index in path:
         kept[int(draft.run_of[index])] = int(draft.offset_of[index]) + 1
@@ -140,9 +155,11 @@ def commit_draft(store: TreeStore, draft: Draft, path: Sequence[int]) -> Node:
 
 
 def _plant(
-    store: TreeStore, base: TreeNode, tree: DraftTree
-) -> tuple[list[TreeNode], np.ndarray, np.ndarray]:
-    """Private nodes with slots for every run of the draft."""
+    store: TreeStore, base: TreeNode, tree: DraftTree, runs: list[TreeNode]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Append to ``runs`` a private node with slots for every run of the draft; returns the run that
+    holds each token and its place there.
+    """
     count = len(tree)
     num_children = np.bincount(tree.parents + 1, minlength=count + 1)
     run_of, offset_of = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -156,13 +173,12 @@ def _plant(
             run_of[index] = len(tokens)
             tokens.append([int(tree.token_ids[index])])
             above.append(int(run_of[parent]) if parent >= 0 else -1)
-    runs: list[TreeNode] = []
     for ids, parent in zip(tokens, above, strict=True):
         start = runs[parent] if parent >= 0 else base
         run = store.tree.insert_private(start, np.array(ids, np.int32))
         store.add_slots(run, len(ids))
         runs.append(run)
-    return runs, run_of, offset_of
+    return run_of, offset_of
 
 
 def _logits(
@@ -170,9 +186,9 @@ def _logits(
     base: TreeNode,
     runs: Sequence[TreeNode],
     run_of: np.ndarray,
-    offset_of: np.ndarray,
+    budget: int,
 ) -> torch.Tensor:
-    """[n + 1, V] of the base's last token and of every draft token, in one forward."""
+    """[n + 1, V] of the base's last token and of every draft token, ``budget`` rows a forward."""
     blocks = [
         Block(node, node.num_computed, len(node.token_ids), node.token_ids[node.num_computed :])
         for node in base.path()
@@ -182,22 +198,64 @@ def _logits(
         last = len(base.token_ids) - 1
         blocks.append(Block(base, last, last + 1, base.token_ids[last:], writes=False))
     blocks += [Block(run, 0, len(run.token_ids), run.token_ids) for run in runs]
-    rows = forward.rows(blocks)
-    last_row = rows.last_rows()
-    firsts = np.array([last_row[id(run)] + 1 - len(run.token_ids) for run in runs], np.int64)
-    places = np.concatenate([[last_row[id(base)]], firsts[run_of] + offset_of])
-    wanted, order = np.unique(places, return_inverse=True)
-    logits = forward.run(rows, wanted)
-    forward.settle(rows)
-    return logits[torch.from_numpy(order).to(logits.device)]
+    by_run = np.split(np.argsort(run_of, kind="stable"), np.cumsum(np.bincount(run_of))[:-1])
+    tokens_of = {id(run): tokens + 1 for run, tokens in zip(runs, by_run, strict=False)}
+    found: list[torch.Tensor] = []
+    index_of: list[np.ndarray] = []  # where each of their rows goes
+    for part in _parts(blocks, budget):
+        rows = forward.rows(part)
+        last_row = rows.last_rows()
+        wanted: list[np.ndarray] = []
+        index: list[np.ndarray] = []
+        for block in part:
+            last = last_row[id(block.node)]
+            if id(block.node) in tokens_of:
+                index.append(tokens_of[id(block.node)][block.start : block.stop])
+                wanted.append(last + 1 - block.num_rows + np.arange(block.num_rows))
+            elif block.node is base and block.stop == len(base.token_ids):
+                index.append(np.zeros(1, np.int64))
+                wanted.append(np.array([last]))
+        logits = forward.run(rows, np.concatenate(wanted) if wanted else np.zeros(1, np.int64))
+        forward.settle(rows)
+        if wanted:
+            found.append(logits)
+            index_of.append(np.concatenate(index))
+    order = torch.from_numpy(np.argsort(np.concatenate(index_of)))
+    return torch.cat(found)[order.to(found[0].device)]
 
 
-def _check_path(tree: DraftTree, path: Sequence[int]) -> None:
+def _parts(blocks: Sequence[Block], budget: int) -> Iterator[list[Block]]:
+    """The blocks in order, cut so that each part has at most ``budget`` rows."""
+    part: list[Block] = []
+    room = budget
+    for block in blocks:
+        start = block.start
+        while start < block.stop:
+            stop = min(block.stop, start + room)
+            ids = block.token_ids[start - block.start : stop - block.start]
+            part.append(Block(block.node, start, stop, ids, writes=block.writes))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield part
+                part, room = [], budget
+    if part:
+        yield part
+
+
+def _checked_path(tree: DraftTree, path: Sequence[int]) -> list[int]:
     above = -1
-    for index in path:
+    found: list[int] = []
+    for value in path:
+        try:
+            index = as_int(value)
+        except (TypeError, OverflowError):
+            raise ValueError(f"commit path: {value!r} is no index of a draft token") from None
         if not 0 <= index < len(tree) or tree.parents[index] != above:
             raise ValueError(
-                f"commit path={list(path)} is no path of the draft tree: token {index} is not a "
-                f"child of {'the node' if above < 0 else f'token {above}'}"
+                f"commit path={[*found, index]} is no path of the draft tree: token {index} is not "
+                f"a child of {'the node' if above < 0 else f'token {above}'}"
             )
         above = index
+        found.append(index)
+    return found

@@ -12,7 +12,7 @@ computes tokens that others propose.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,12 +46,13 @@ class Engine:
     """See the module.
 
     Args:
-        model: a model folder, or a loaded model (it is switched to tree attention).
+        model: a model folder, or a loaded model (it is switched to tree attention; it keeps its
+            dtype, and must be on ``settings.device``). An engine has its model to itself.
         tokenizer: a folder, Hub name or loaded tokenizer, for stop strings; None: the model's.
         load_probe: try the model first. Only the probe itself makes an engine without.
 
     Raises:
-        ValueError: no such folder, or the model does not pass the load probe.
+        ValueError: no such folder, another device, or the model does not pass the load probe.
     """
 
     def __init__(
@@ -63,12 +64,17 @@ class Engine:
         load_probe: bool = True,
     ) -> None:
         self.settings = settings
+        device = _device(settings.device)
         if isinstance(model, PreTrainedModel):
             self.model = use_tree_attention(model)
         else:
             self.model = load_model(model, dtype=settings.dtype, device=settings.device)
             tokenizer = model if tokenizer is None else tokenizer
-        device = torch.device(settings.device)
+        if self.model.device.type != device.type:
+            raise ValueError(
+                f"engine setting device={settings.device!r} does not fit a model on "
+                f"{self.model.device}: move the model or change the setting"
+            )
         self.pool = KVPool(settings.num_kv_slots, device=device, dtype=self.model.dtype)
         self.store = TreeStore(self.pool)
         self.runner = ModelRunner(self.model, self.pool, settings)
@@ -77,6 +83,7 @@ class Engine:
         self._stops = StopRules(TokenText(tokenizer))
         self._decoder = Decoder(self.store, self._forward, settings, self._stops)
         self._drafts: set[Draft] = set()
+        self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self._is_asleep = False
         self._is_torn = False  # half a weight set was copied
         if load_probe:
@@ -100,8 +107,12 @@ class Engine:
     # Positions in the tree.
 
     def prefill(self, token_ids: Sequence[int] | np.ndarray) -> Node:
-        """A handle on the path ``token_ids`` from the root; what is known of it is shared."""
-        ids = np.asarray(token_ids, np.int32)
+        """A handle on the path ``token_ids`` from the root; what is known of it is shared.
+
+        Raises:
+            ValueError: no token, or one that the model does not have.
+        """
+        ids = self._token_ids("prompt", token_ids)
         if not len(ids):
             raise ValueError("a prompt needs at least one token")
         return self.store.prefill(ids)
@@ -109,11 +120,16 @@ class Engine:
     def append(self, node: Node, token_ids: Sequence[int] | np.ndarray) -> Node:
         """A handle on the path of ``node`` followed by ``token_ids`` (none gives the same
         position).
+
+        Raises:
+            ValueError: a token that the model does not have, or the handle was freed.
         """
-        return self.store.append(node, np.asarray(token_ids, np.int32))
+        return self.store.append(node, self._token_ids("appended path", token_ids))
 
     def fork(self, node: Node, n: int) -> list[Node]:
-        """``n`` further handles on the same position."""
+        """``n`` >= 0 further handles on the same position."""
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"fork n={n!r}: it must be an integer >= 0")
         return [self.append(node, ()) for _ in range(n)]
 
     def split(self, node: Node, offset: int) -> Node:
@@ -149,16 +165,20 @@ class Engine:
         """Queue one segment to be sampled below ``node``; returns the request's id.
 
         Raises:
-            ValueError: the path cannot fit the pool or the model's positions, the engine sleeps, or
+            ValueError: the path cannot fit the pool or the model's positions, the engine sleeps,
+                the handle is freed or another engine's, the key is no unsigned 64-bit integer, or
                 the spec names tokens that the model doesn't have or needs a tokenizer that isn't
                 there.
         """
         self._check_awake()
+        is_int = isinstance(path_key, int | np.integer) and not isinstance(path_key, bool)
+        if not (is_int and 0 <= path_key < 1 << 64):
+            raise ValueError(f"path_key={path_key!r}: it must be an integer in [0, 2**64)")
         length = self.store.resolve(node).end
         self._check_length(length, spec.max_tokens)
-        spec.check(self.model.config.get_text_config().vocab_size, length)
+        spec.check(self.vocabulary, length)
         self._stops.matchers(spec)
-        return self._decoder.submit(node, spec, path_key)
+        return self._decoder.submit(node, spec, int(path_key))
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request, also one whose completion was not fetched yet; False if it is unknown
@@ -189,26 +209,39 @@ class Engine:
         with self._timed():
             return self._decoder.step()
 
+    def collect(self, request_ids: Container[int]) -> list[Completion]:
+        """One ``step``; returns what finished of these requests and keeps what finished of others
+        for those who will ask for it.
+        """
+        finished = self.step()
+        self._decoder.keep([c for c in finished if c.request_id not in request_ids])
+        return [c for c in finished if c.request_id in request_ids]
+
     def extend(self, items: Iterable[tuple[Node, ExtendSpec, int]]) -> Iterator[Completion]:
         """Sample a segment below each (node, spec, path key); yields each as it finishes.
 
-        ``Completion.request_id`` ascends in the order of ``items``. A request may be cancelled by
-        its id meanwhile; closing the iterator cancels all that is unfinished.
+        Nothing is submitted before the first completion is asked for. ``Completion.request_id``
+        ascends in the order of ``items``. A request may be cancelled by its id meanwhile; closing
+        the iterator cancels all that is unfinished, as an invalid item does. Several streams may
+        take turns.
+
+        Raises:
+            ValueError: as ``submit``.
         """
-        decoder = self._decoder
-        mine = {self.submit(*item) for item in items}
-        fetched: list[Completion] = []  # of others too, who will ask for theirs
+        mine: set[int] = set()
+        fetched: list[Completion] = []
         try:
+            mine.update(self.submit(*item) for item in items)
             while mine:
-                fetched += self.step()
-                for completion in [c for c in fetched if c.request_id in mine]:
-                    fetched.remove(completion)
+                fetched = self.collect(mine)
+                while fetched:
+                    completion = fetched.pop(0)
                     mine.remove(completion.request_id)
                     yield completion
                 # Whoever was cancelled meanwhile is not waited for.
-                mine &= decoder.unfinished
+                mine &= self._decoder.known_ids()
         finally:
-            decoder.done[:0] = fetched
+            self._decoder.keep(fetched)
             for request_id in mine:
                 self.cancel(request_id)
 
@@ -224,10 +257,12 @@ class Engine:
         """
         self._check_awake()
         self._check_length(self.store.resolve(node).end, len(tree))
-        with self._timed():
-            draft = forward_draft(self.store, self._forward, node, tree, self._chunk)
+        self._check_token_ids("draft", tree.token_ids)
+        with self._aside():
+            budget = self.settings.max_tokens_per_step
+            draft = forward_draft(self.store, self._forward, node, tree, budget)
         self._drafts.add(draft)
-        self._meter.peak(self.tree.num_protected)
+        self._meter.peak(self.tree.num_protected + self._num_draft_slots())
         return draft
 
     def commit(self, draft: Draft, path: Sequence[int] = ()) -> Node:
@@ -244,7 +279,10 @@ class Engine:
             ValueError: the indices are no path of the draft, or the draft has ended.
         """
         if draft not in self._drafts:
-            raise ValueError("this draft was committed before: a draft ends with its commit")
+            raise ValueError(
+                "this draft is not open here: it was committed before, or is another engine's"
+            )
+        path = list(path)
         node = commit_draft(self.store, draft, path)
         self._drafts.remove(draft)
         self._meter.count(wasted_draft_tokens=len(draft.tree) - len(path))
@@ -269,10 +307,16 @@ class Engine:
         tree attention; 0 for the first. Reads no cache, so it sees the weights as they are now.
         """
         self._check_awake()
-        ids = np.asarray(token_ids, np.int32)
+        ids = self._token_ids("path", token_ids)
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature={temperature!r}: it must be >= 0 (0 is greedy)")
         self._check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)
+        with self._aside():
+            return self._score(ids, temperature)
+
+    def _score(self, ids: np.ndarray, temperature: float) -> np.ndarray:
         store = self.store
         node = store.tree.insert_private(store.root, ids)
         store.tree.lock(node)
@@ -280,21 +324,18 @@ class Engine:
             store.discard(node)
             raise ValueError(store.too_small(f"scoring {len(ids)} tokens"))
         targets = torch.from_numpy(ids.astype(np.int64)).to(self.pool.device)
-        chunk = min(_SCORE_CHUNK, (len(ids) + 1) // 2)  # at least two, so that the pool is read
+        # At least two chunks, so that the pool is read.
+        chunk = min(_SCORE_CHUNK, self.settings.max_tokens_per_step, (len(ids) + 1) // 2)
         scores = [torch.zeros(1)]
-        for lo in range(0, len(ids) - 1, chunk):
-            hi = min(lo + chunk, len(ids) - 1)
-            logits = self._forward.logits([Block(node, lo, hi, ids[lo:hi])])
-            scores.append(log_probabilities(logits, targets[lo + 1 : hi + 1], temperature).cpu())
-        store.discard(node)
+        try:
+            for lo in range(0, len(ids) - 1, chunk):
+                hi = min(lo + chunk, len(ids) - 1)
+                logits = self._forward.logits([Block(node, lo, hi, ids[lo:hi])])
+                wanted = targets[lo + 1 : hi + 1]
+                scores.append(log_probabilities(logits, wanted, temperature).cpu())
+        finally:
+            store.discard(node)
         return torch.cat(scores).numpy()
-
-    @torch.inference_mode()
-    def block_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
-        """Logits [N, V] of every row of the blocks, in their order: the load probe's view of the
-        engine. The blocks' nodes must have slots; their ancestors must be computed or be blocks.
-        """
-        return self._forward.logits(blocks)
 
     # Weights and state.
 
@@ -326,11 +367,12 @@ class Engine:
         """
         self._check_in_flight(version, in_flight)
         load = WeightLoad(self.model, manifest)
+        # No work from half a set: while parts come, and after an interruption.
+        was_torn, self._is_torn = self._is_torn, True
         try:
             digests = load.copy(tensors)
-        finally:  # even when interrupted
-            if load.has_begun:
-                self._is_torn = not load.is_complete
+        finally:
+            self._is_torn = not load.is_complete if load.has_begun else was_torn
         self._put_in_force(version, in_flight)
         return digests
 
@@ -368,7 +410,7 @@ class Engine:
 
     def gauges(self) -> EngineGauges:
         """What the engine holds now."""
-        live = self.tree.num_protected
+        live = self.tree.num_protected + self._num_draft_slots()
         return EngineGauges(
             num_waiting=self.num_waiting,
             num_running=self.num_running,
@@ -379,6 +421,9 @@ class Engine:
             kv_bytes_per_slot=self.pool.bytes_per_slot,
         )
 
+    def _num_draft_slots(self) -> int:
+        return sum(len(run.slots) for draft in self._drafts for run in draft.runs)
+
     def check_integrity(self) -> None:
         """Assert that every slot is free or held by exactly one node and that all locks add up."""
         hidden = self._decoder.hidden_nodes()
@@ -388,25 +433,37 @@ class Engine:
 
     # Checks.
 
-    @property
-    def _chunk(self) -> int:
-        return self.settings.max_tokens_per_step
-
     @contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self._meter.count(wall_seconds=time.perf_counter() - began)
+        try:
+            yield
+        finally:
+            self._meter.count(wall_seconds=time.perf_counter() - began)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Time spent and rows forwarded on something else than drawing."""
+        before = self._meter.query_tokens
+        with self._timed():
+            yield
+        self._meter.count(other_query_tokens=self._meter.query_tokens - before)
 
     def _check_in_flight(self, version: int, in_flight: str) -> None:
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight={in_flight!r}: choose one of {', '.join(IN_FLIGHT)}")
+        is_int = isinstance(version, int | np.integer) and not isinstance(version, bool)
+        if not (is_int and self.policy_version <= version < 1 << 31):
+            raise ValueError(
+                f"weights version={version!r}: it must be an integer below 2**31, not older than "
+                f"the version in force, {self.policy_version}"
+            )
         self._check_no_drafts(f"weights {version}")
         if in_flight == "refuse" and not self.is_idle:
             raise ValueError(
-                f"weights {version} arrived while {self.num_running + self.num_waiting} requests "
-                "are unfinished: finish or cancel them first, or load with in_flight='recompute' "
-                "or 'keep'"
+                f"weights {version} arrived while {len(self._decoder.known_ids())} requests are "
+                "unfinished or not fetched: finish or cancel them first, or load with "
+                "in_flight='recompute' or 'keep'"
             )
 
     def _put_in_force(self, version: int, in_flight: str) -> None:
@@ -424,13 +481,33 @@ class Engine:
     def _check_whole(self) -> None:
         if self._is_torn:
             raise ValueError(
-                "the engine refuses work: a weight load stopped half-way; load a whole set first"
+                "the engine refuses work: a weight load is under way or stopped half-way; load a "
+                "whole set first"
             )
 
     def _check_awake(self) -> None:
         self._check_whole()
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
+
+    def _token_ids(self, what: str, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The tokens as int32 [n], checked."""
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not (ids.dtype.kind in "iu" or not len(ids)):
+            raise ValueError(
+                f"{what}: token ids must be a flat sequence of integers, not {ids.dtype} of shape "
+                f"{ids.shape}"
+            )
+        self._check_token_ids(what, ids)
+        return ids.astype(np.int32)
+
+    def _check_token_ids(self, what: str, ids: np.ndarray) -> None:
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            at = int(np.flatnonzero((ids < 0) | (ids >= self.vocabulary))[0])
+            raise ValueError(
+                f"{what}: token id {ids[at]} at place {at} is outside the model's vocabulary of "
+                f"{self.vocabulary}: was it made by another tokenizer?"
+            )
 
     def _check_length(self, length: int, max_tokens: int) -> None:
         total = length + max_tokens
@@ -445,3 +522,18 @@ class Engine:
                 f"a path of {length} tokens plus max_tokens={max_tokens} exceeds the {limit} "
                 f"positions this model can serve from a cache: {self.runner.max_position_reason}"
             )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"engine setting device={name!r} is no device: give one such as cpu or cuda:0"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"engine setting device={name!r}: this torch sees no GPU; use device=cpu, or install a "
+            "torch with CUDA"
+        )
+    return device

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treepo.base.typed import check_types
+
+COOLEST = 1e-5  # temperature above greedy: logits are divided by it in float32
+STRONGEST_PENALTY = 1000.0
+_PENALTIES_ALLOWED = f"in [{1 / STRONGEST_PENALTY}, {STRONGEST_PENALTY}] (1: no penalty)"
+
 STOP = "stop"  # a stop was completed by the segment's last token
 LENGTH = "length"  # max_tokens were drawn
 
@@ -53,13 +59,16 @@ class ExtendSpec:
     wants_entropy: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "sampling setting")
         for field in ("max_tokens", "num_response_tokens", "num_top_logprobs"):
             self._require(field, getattr(self, field) >= 0, ">= 0")
-        self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
+        cool = self.temperature == 0 or self.temperature >= COOLEST
+        self._require("temperature", cool, f"0 (greedy) or >= {COOLEST}")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
         self._require("min_p", 0 <= self.min_p < 1, "in [0, 1)")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "> 0 (1: no penalty)")
+        mild = 1 / STRONGEST_PENALTY <= self.repetition_penalty <= STRONGEST_PENALTY
+        self._require("repetition_penalty", mild, _PENALTIES_ALLOWED)
         for field in ("ban_token_ids", "stop_token_ids"):
             self._require(field, min(getattr(self, field), default=0) >= 0, "token ids >= 0")
         self._require(
@@ -79,11 +88,16 @@ class ExtendSpec:
     def check(self, vocabulary: int, path_length: int) -> None:
         """
         Raises:
-            ValueError: a token outside the vocabulary is banned, more top log-probs are asked for
-                than there are tokens, or more tokens of the response than the path above has.
+            ValueError: a token outside the vocabulary is banned, all tokens are banned, more top
+                log-probs are asked for than there are tokens, or more tokens of the response than
+                the path above has.
         """
-        for token in self.ban_token_ids:
-            self._require("ban_token_ids", token < vocabulary, f"token ids < {vocabulary}")
+        largest = max(self.ban_token_ids, default=0)
+        self._require("ban_token_ids", largest < vocabulary, f"token ids < {vocabulary}")
+        if len(self.ban_token_ids) >= vocabulary and len(set(self.ban_token_ids)) == vocabulary:
+            raise ValueError(
+                f"sampling setting ban_token_ids bans all {vocabulary} tokens: leave one to draw"
+            )
         self._require("num_top_logprobs", self.num_top_logprobs <= vocabulary, f"<= {vocabulary}")
         self._require(
             "num_response_tokens",

@@ -1,5 +1,4 @@
-"""Linear layers as an engine runs them: weights packed for few rows, a head in fp32, and how many
-rows make a row's result independent of its company.
+"""Linear layers as an engine runs them: weights packed for few rows, and a head in fp32.
 
 On a CPU, decoding multiplies few rows by large weights. oneDNN does that up to twice as fast as
 torch's own path when the weight lies in its blocked layout, and a row's result then hardly depends
@@ -10,19 +9,15 @@ changes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 _HEAD_CHUNK = 1 << 24  # weights of the head cast to fp32 at a time
 _LEAST_PACKED = 1 << 17  # weights of a float32 layer: below, torch's own path is faster
-_MOST_ROWS = 40  # of ``row_rule``: any remainder a kernel may treat apart, and full blocks
-_MOST_COLUMNS = 4096  # of the layers it tries
 
 
 class PackedLinear(torch.nn.Linear):
@@ -41,11 +36,9 @@ class PackedLinear(torch.nn.Linear):
             return super().forward(input)
         version = (weight._version, weight.data_ptr())
         if self._packed is None or self._packed_version != version:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            self._packed = pack(weight)
             self._packed_version = version
-        return torch.ops.mkldnn._linear_pointwise.default(
-            input.contiguous(), self._packed, self.bias, "none", [], ""
-        )
+        return packed_product(input.contiguous(), self._packed, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs for itself: the packed weight cannot be copied."""
@@ -74,6 +67,18 @@ class Fp32Head(torch.nn.Linear):
         return logits if bias is None else logits + bias
 
 
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
+def packed_product(
+    rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``F.linear`` of contiguous rows with a weight from ``pack``."""
+    return torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
+
+
 def use_fp32_head(model: PreTrainedModel) -> None:
     """Let ``model`` compute its logits in float32. A float32 or float64 model does already.
 
@@ -98,17 +103,23 @@ def use_float64_experts(model: PreTrainedModel) -> None:
         model.set_experts_implementation("eager")
 
 
-def pack_linear_layers(model: torch.nn.Module) -> None:
-    """Let the linear layers of a CPU model use packed weights, where this CPU has them and where
-    they pay.
+def pack_linear_layers(model: torch.nn.Module, inside: Iterable[torch.nn.Linear] = ()) -> None:
+    """Let the linear layers of a CPU model, but those ``inside`` others that run them, use packed
+    weights, where this CPU has them and where they pay.
     """
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    packable = {d: _can_pack(d) for d in {layer.weight.dtype for layer in layers}}
+    others = {id(layer) for layer in inside}
+    every = (module for module in model.modules() if type(module) is torch.nn.Linear)
+    layers = [layer for layer in every if id(layer) not in others]
+    packable = {d: can_pack(d) for d in {layer.weight.dtype for layer in layers}}
     for layer in layers:
         weight = layer.weight
-        is_small = weight.dtype == torch.float32 and weight.numel() < _LEAST_PACKED
-        if packable[weight.dtype] and weight.device.type == "cpu" and not is_small:
+        if packable[weight.dtype] and weight.device.type == "cpu" and packing_pays(weight):
             layer.__class__ = PackedLinear
+
+
+def packing_pays(weight: torch.Tensor) -> bool:
+    """Whether a product with a packed weight of this size is faster."""
+    return weight.dtype != torch.float32 or weight.numel() >= _LEAST_PACKED
 
 
 def undo_linear_changes(model: torch.nn.Module) -> None:
@@ -119,7 +130,8 @@ def undo_linear_changes(model: torch.nn.Module) -> None:
             module.__dict__.pop("_packed", None)
 
 
-def _can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies by packed weights of ``dtype``."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -129,60 +141,3 @@ def _can_pack(dtype: torch.dtype) -> bool:
     except RuntimeError:  # the CPU lacks the instructions for this dtype
         return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class RowRule:
-    """Row counts at which a row's result does not depend on how many rows there are: multiples of
-    ``multiple`` from ``least`` on.
-    """
-
-    least: int
-    multiple: int
-
-    def padding(self, num_rows: int) -> int:
-        """Rows to add to ``num_rows`` >= 1."""
-        return max(self.least - num_rows, -num_rows % self.multiple)
-
-
-_RULES = [RowRule(1, 1), RowRule(2, 1), RowRule(4, 1), RowRule(2, 2), RowRule(4, 4), RowRule(8, 8)]
-_TRIED_ROWS = (*range(1, 13), 16, 17, 24, 31)
-
-
-def row_rule(model: torch.nn.Module) -> RowRule:
-    """The cheapest rule that the model's linear layers obey on this machine, found by trying one
-    layer of each shape with random rows. (Experts of a mixture see what rows the router sends them:
-    no rule helps there.)
-    """
-    generator = torch.Generator().manual_seed(0)
-    unequal: set[int] = set()  # row counts that give other rows
-    layers: dict[tuple[Any, ...], torch.nn.Linear | Conv1D] = {}
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
-            layers.setdefault((type(module), *module.weight.shape), module)
-    for layer in layers.values():
-        product, width = _narrow(layer)
-        rows = torch.randn(_MOST_ROWS, width, generator=generator)
-        rows = rows.to(layer.weight.device, layer.weight.dtype)
-        with torch.inference_mode():
-            expected = product(rows)
-            counts = [n for n in _TRIED_ROWS if n not in unequal]
-            unequal |= {n for n in counts if not torch.equal(product(rows[:n]), expected[:n])}
-    return next((r for r in _RULES if all(r.padding(n) for n in unequal)), _RULES[-1])
-
-
-def _narrow(
-    layer: torch.nn.Linear | Conv1D,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-    """The layer's product, with so few outputs that it is quick, and the number of its inputs."""
-    weight = layer.weight.detach()
-    if isinstance(layer, Conv1D):
-        columns = weight[:, :_MOST_COLUMNS].contiguous()
-        bias = columns.new_zeros(columns.shape[1])
-        return lambda rows: torch.addmm(bias, rows, columns), weight.shape[0]
-    weight = weight[:_MOST_COLUMNS]
-    if not isinstance(layer, PackedLinear | Fp32Head):
-        return lambda rows: F.linear(rows, weight), weight.shape[1]
-    small = type(layer)(1, 1, bias=False, device="meta")  # draws nothing
-    small.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return small, weight.shape[1]

@@ -19,6 +19,7 @@ class CostLedger:
         generated_tokens: drawn.
         sequential_steps: forwards of the model.
         query_tokens: rows forwarded, padding excluded.
+        other_query_tokens: of these, the ones for drafts and scores.
         unique_tokens: the least number of query tokens that any engine needs: each distinct
             token of the finished trees whose next token was drawn, once.
         path_tokens: tokens above the segments that were started: what an engine that shares
@@ -39,6 +40,7 @@ class CostLedger:
     generated_tokens: int = 0
     sequential_steps: int = 0
     query_tokens: int = 0
+    other_query_tokens: int = 0
     unique_tokens: int = 0
     path_tokens: int = 0
     cached_tokens: int = 0
@@ -60,10 +62,11 @@ class CostLedger:
     @property
     def shared_token_ratio(self) -> float:
         """Share of an unsharing engine's query tokens that were saved. Such an engine computes the
-        path above each segment and all but the last token drawn.
+        path above each segment and all but the last token drawn. Drafts and scores do not count.
         """
         alone = self.path_tokens + self.generated_tokens - self.segments
-        return 1.0 - self.query_tokens / alone if alone > 0 else 0.0
+        spent = self.query_tokens - self.other_query_tokens
+        return 1.0 - spent / alone if alone > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,6 +82,15 @@ class CostLedger:
         return CostLedger(**joined)
 
     __add__ = merge
+
+    def __sub__(self, before: CostLedger) -> CostLedger:
+        """What a stretch took, from the ledgers after and before it; peaks are those after it."""
+        taken = {
+            field.name: getattr(self, field.name)
+            - (0 if field.name in _PEAKS else getattr(before, field.name))
+            for field in fields(self)
+        }
+        return CostLedger(**taken)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +126,11 @@ class Meter:
         """Add to fields of the ledger that add up."""
         for name, amount in amounts.items():
             self._totals[name] += amount  # type: ignore[assignment]
+
+    @property
+    def query_tokens(self) -> int:
+        """Of the ledger, so far."""
+        return self._totals["query_tokens"]
 
     def peak(self, kv_slots: int) -> None:
         """Slots in use by live paths now."""

@@ -11,15 +11,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.attention.base import NAME, AttentionContext, Plan, register
+from rollout.fused_layers import fused_layers, undo_fused_layers
+from rollout.fusing import fuse_decoder_layers
 from rollout.kv_pool import KVPool
 from rollout.linear import (
-    RowRule,
     pack_linear_layers,
-    row_rule,
     undo_linear_changes,
     use_float64_experts,
     use_fp32_head,
 )
+from rollout.row_rule import RowRule, row_rule
 from rollout.settings import EngineSettings
 
 _GPU_ROWS = RowRule(8, 8)  # tensor cores want multiples of 8
@@ -61,18 +62,23 @@ class ModelRunner:
     """A model, the pool its attention reads, and one forward over query rows.
 
     On a CPU a linear layer may round a row otherwise when there are few others. A float64 model's
-    rows are padded to a number at which it does not (see ``rollout.linear.row_rule``), so that its
+    rows are padded to a number at which it does not (see ``rollout.row_rule``), so that its
     results are the same in any company. Below float64 that is a setting: keys are cut where other
     paths branch off, which moves a row's last digits more than the layers do.
     """
 
     def __init__(self, model: PreTrainedModel, pool: KVPool, settings: EngineSettings) -> None:
         undo_linear_changes(model)  # another engine's
+        undo_fused_layers(model)
+        self.max_position, self.max_position_reason = _max_position(model)
         use_float64_experts(model)
         if settings.fp32_lm_head:
             use_fp32_head(model)
         if settings.pack_weights:
-            pack_linear_layers(model)
+            last = None if self.max_position is None else self.max_position - 1
+            fuse_decoder_layers(model, last)
+            inside = [linear for f in fused_layers(model) for linear in f.linear_layers()]
+            pack_linear_layers(model, inside)
         self.row_rule = _GPU_ROWS
         if pool.device.type == "cpu":
             pads = settings.pad_rows or model.dtype == torch.float64
@@ -81,7 +87,6 @@ class ModelRunner:
         self.pool = pool
         self.device = pool.device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.max_position, self.max_position_reason = _max_position(model)
 
     @torch.inference_mode()
     def forward(

@@ -45,6 +45,7 @@ class Request:
     """A request's mutable state.
 
     Attributes:
+        node: its own handle on the position it grows from.
         drawn: what it had drawn when it was put back; while it runs the table holds it.
         base: what the segment grows from, while running.
         leaf: the open node, while running.

@@ -106,7 +106,7 @@ class _Run:
                 if finished is not None:
                     yield index, finished
             self._submit()
-            for growing, results in self._deliveries(self.engine.step()):
+            for growing, results in self._deliveries(self.engine.collect(self.submitted)):
                 if growing.index not in self.growing:  # finished without these, in this very step
                     continue
                 growing.outstanding -= len(results)

@@ -22,12 +22,18 @@ def score_all(scored: Sequence[tuple[np.ndarray, Scorer]]) -> list[float]:
     Raises:
         ValueError: a scorer gave another number of scores than it got paths.
     """
-    by_scorer: dict[int, list[int]] = {}
+    by_scorer: list[
+        tuple[Scorer, list[int]]
+    ] = []  # few; equal ones, such as bound methods, are one
     for index, (_, scorer) in enumerate(scored):
-        by_scorer.setdefault(id(scorer), []).append(index)
+        for known, indices in by_scorer:
+            if known == scorer:
+                indices.append(index)
+                break
+        else:
+            by_scorer.append((scorer, [index]))
     found = [0.0] * len(scored)
-    for indices in by_scorer.values():
-        scorer = scored[indices[0]][1]
+    for scorer, indices in by_scorer:
         values = [float(value) for value in scorer([scored[i][0] for i in indices])]
         if len(values) != len(indices):
             raise ValueError(

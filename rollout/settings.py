@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from treepo.base.typed import check_types
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ATTENTION_BACK_ENDS = ("auto", "cpu", "reference", "triton_tree", "flash")
 
@@ -16,7 +18,8 @@ class EngineSettings:
         ValueError: a field is out of range; the message names field, value and what is allowed.
     """
 
-    dtype: str = "float32"  # of weights and KV: float32, bfloat16, float16 or float64
+    # of weights and KV: float32, bfloat16, float16 or float64; a loaded model keeps its own
+    dtype: str = "float32"
     device: str = "cpu"  # any torch device, e.g. cpu or cuda:0
     num_kv_slots: int = 65536  # size of the KV pool in tokens
     max_running_requests: int = 512  # segments decoded at one time
@@ -28,12 +31,14 @@ class EngineSettings:
     cuda_graphs: bool = True  # on a GPU with triton_tree: steady decode steps as CUDA graphs
     share_prefixes: bool = True  # False: every request computes its whole path privately
     fp32_lm_head: bool = False  # logits in float32 from bfloat16 or float16 weights
-    pack_weights: bool = True  # CPU: a second copy of the weights, laid out for few rows
+    # CPU: a second copy of the weights, laid out for few rows; decoder layers run fused
+    pack_weights: bool = True
     # CPU: pad rows so that linear layers round each alike in any company (float64 always does)
     pad_rows: bool = False
     num_threads: int = 1  # torch threads of a rollout worker
 
     def __post_init__(self) -> None:
+        check_types(self, "engine setting")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTION_BACK_ENDS)
         for field in ("num_kv_slots", "max_running_requests", "num_threads"):

@@ -10,7 +10,7 @@ on in one table lookup.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,6 +18,8 @@ import numpy as np
 
 from rollout.extend import ExtendSpec, StopReason
 from rollout.token_text import TokenText
+
+_MOST_KEPT = 256  # matchers that are kept for further requests
 
 
 class Matcher(Protocol):
@@ -165,8 +167,7 @@ class StopRules:
 
     def __init__(self, text: TokenText) -> None:
         self._text = text
-        self._sequences: dict[tuple[tuple[int, ...], ...], SequenceMatcher] = {}
-        self._strings: dict[tuple[str, ...], Matcher] = {}
+        self._kept: OrderedDict[tuple[str, tuple], Matcher] = OrderedDict()
 
     def matchers(self, spec: ExtendSpec) -> list[Matcher]:
         """What looks for the spec's stop sequences and strings.
@@ -176,15 +177,22 @@ class StopRules:
         """
         found: list[Matcher] = []
         if sequences := spec.stop_token_sequences:
-            if sequences not in self._sequences:
-                self._sequences[sequences] = SequenceMatcher(sequences)
-            found.append(self._sequences[sequences])
+            found.append(self._keep("sequences", sequences, lambda: SequenceMatcher(sequences)))
         if strings := spec.stop_strings:
-            if strings not in self._strings:
-                kind = TextMatcher if self._text.spells_bytes else DecodingMatcher
-                self._strings[strings] = kind(strings, self._text)
-            found.append(self._strings[strings])
+            found.append(self._keep("strings", strings, lambda: self._of_strings(strings)))
         return found
+
+    def _of_strings(self, strings: tuple[str, ...]) -> Matcher:
+        kind = TextMatcher if self._text.spells_bytes else DecodingMatcher
+        return kind(strings, self._text)
+
+    def _keep(self, kind: str, stops: tuple, make: Callable[[], Matcher]) -> Matcher:
+        """The matcher of these stops; the ones used last are kept."""
+        matcher = self._kept.pop((kind, stops), None)
+        self._kept[kind, stops] = matcher = make() if matcher is None else matcher
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+        return matcher
 
 
 def _automaton(

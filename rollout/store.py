@@ -22,15 +22,19 @@ _EVICT_SHARE = 128  # an eviction frees at least 1 / this of the pool: it looks 
 class Node:
     """A handle on a position: the end of ``token_ids`` below ``parent``."""
 
-    __slots__ = ("parent", "token_ids", "tree_node", "epoch", "is_locked", "is_soft", "is_freed")
+    __slots__ = (
+        *("store", "parent", "token_ids", "tree_node"),
+        *("epoch", "is_locked", "is_soft", "is_freed"),
+    )
 
     def __init__(
-        self, parent: Node | None, token_ids: np.ndarray, tree_node: TreeNode, epoch: int
+        self, store: TreeStore, parent: Node | None, token_ids: np.ndarray, tree_node: TreeNode
     ) -> None:
+        self.store = store
         self.parent = parent
         self.token_ids = token_ids
         self.tree_node = tree_node
-        self.epoch = epoch
+        self.epoch = store.epoch
         self.is_locked = False
         self.is_soft = False
         self.is_freed = False
@@ -78,13 +82,17 @@ class TreeStore:
 
     def handle(self, parent: Node | None, token_ids: np.ndarray, tree_node: TreeNode) -> Node:
         """A locked handle on the end of ``tree_node``."""
-        node = Node(parent, token_ids, tree_node, self.epoch)
+        node = Node(self, parent, token_ids, tree_node)
         self._lock(node)
         return node
 
     def resolve(self, node: Node) -> TreeNode:
-        """The tree node at the handle's position under the weights in force, locked."""
-        assert not node.is_freed, "the handle was freed"
+        """The tree node at the handle's position under the weights in force, locked.
+
+        Raises:
+            ValueError: the handle was freed, or is another engine's.
+        """
+        self._check_alive(node)
         if not self._is_current(node):
             node.is_locked = False
             node.tree_node = self.tree.insert(self.root, node.path_token_ids())
@@ -94,8 +102,12 @@ class TreeStore:
         return node.tree_node
 
     def free(self, node: Node, *, drop: bool) -> None:
-        """End a handle; with ``drop`` its own tokens leave the cache unless others need them."""
-        assert not node.is_freed, "freed twice"
+        """End a handle; with ``drop`` its own tokens leave the cache unless others need them.
+
+        Raises:
+            ValueError: the handle was freed before.
+        """
+        self._check_alive(node)
         node.is_freed = True
         self._unlock(node)
         if drop and len(node.token_ids) and self._is_current(node):
@@ -104,6 +116,7 @@ class TreeStore:
 
     def soften(self, node: Node) -> None:
         """Let the handle's keys and values go when slots run short."""
+        self._check_alive(node)
         node.is_soft = True
         if node.is_locked:
             self._soft[id(node)] = node
@@ -186,6 +199,19 @@ class TreeStore:
         self.tree.forget_empty_roots()
 
     # Locks.
+
+    def _check_alive(self, node: Node) -> None:
+        if not isinstance(node, Node):
+            raise ValueError(
+                f"{type(node).__name__} is no handle: prefill gives one for a sequence of token ids"
+            )
+        if node.store is not self:
+            raise ValueError("this handle belongs to another engine: prefill its tokens here")
+        if node.is_freed:
+            raise ValueError(
+                f"this handle (of {len(node.path_token_ids())} tokens) was freed: make a new one "
+                "with prefill or append before you free the last"
+            )
 
     def _is_current(self, node: Node) -> bool:
         return node.epoch == self.epoch and node.tree_node.is_alive

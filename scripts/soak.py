@@ -3,17 +3,19 @@ and sleeps, for as long as you like.
 
     python scripts/soak.py [--minutes 20] [--seed 0] [--model FOLDER] [--device cpu]
 
-After every act the tree's integrity is checked; a sample of what was drawn is compared with fresh
-forwards; at the end memory must be where it was after the first fifth. Without --model a tiny
-random model is used.
+After every act the tree's integrity is checked; a sample of what was drawn is compared with a copy
+of the model that has the same weights and plain attention, no engine, pool or packed layers, and
+with the engine's own fresh forwards; at the end memory must be where it was after the first fifth,
+and must not have risen over the second half. Without --model a tiny random model is used.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from rollout.drafts import DraftTree
 from rollout.engine import Engine
 from rollout.extend import ExtendSpec
 from rollout.model_runner import load_model
+from rollout.probe import plain_logprobs
 from rollout.scheduler import generate
 from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
@@ -37,13 +40,18 @@ from treepo.base.keys import root_key
 SLOTS = 600
 LONGEST = 180  # tokens of a path
 MEMORY_MARGIN = 24 << 20  # bytes that resident memory may vary by
+RISE_MARGIN = 8 << 20  # bytes that it may rise over the second half, by a straight line
+SHORTEST_FOR_RISE = 60.0  # seconds; a shorter soak is still warming up in its second half
 
 
 @dataclass(kw_only=True, eq=False)
 class Soak:
-    """One soak: an engine, two weight sets that take turns, and what has been done so far."""
+    """One soak: an engine, a plain copy of its model, two weight sets that take turns, and what has
+    been done so far.
+    """
 
     engine: Engine
+    plain: PreTrainedModel
     weights: list[dict[str, torch.Tensor]]
     rng: np.random.Generator
     tolerance: float
@@ -140,16 +148,34 @@ class Soak:
         path = tree.path(leaf)
         if any(tree.segments[i].policy_version != self.version for i in path[1:]):
             return
+        ids, start = tree.path_token_ids(leaf), tree.segments[0].num_tokens
+        if len(ids) == start:
+            return
+        recorded = np.concatenate([tree.segments[i].logprobs for i in path])[start:]
+        plain = self.plain_logprobs(ids, tree.temperature)[start:]
+        self.compare(recorded, plain, "plain attention")
+        self.acts["compared"] += 1
         gauges = self.engine.gauges()
-        if len(tree.path_token_ids(leaf)) > gauges.slots_free + gauges.slots_cached:
-            return  # the other trees of this strategy hold the pool
-        recorded = np.concatenate([tree.segments[i].logprobs for i in path])
-        fresh = self.engine.score_path(tree.path_token_ids(leaf), tree.temperature)
-        start = tree.segments[0].num_tokens
-        if len(fresh) > start:
-            self.max_error = max(self.max_error, float(np.abs(recorded - fresh)[start:].max()))
-            self.acts["compared"] += 1
-        assert self.max_error < self.tolerance, f"log-probs differ by {self.max_error:.2g}"
+        if len(ids) <= gauges.slots_free + gauges.slots_cached:  # else other trees hold the pool
+            fresh = self.engine.score_path(ids, tree.temperature)[start:]
+            self.compare(recorded, fresh, "the engine's fresh forward")
+            self.acts["scored"] += 1
+
+    def compare(self, recorded: np.ndarray, expected: np.ndarray, whose: str) -> None:
+        self.max_error = max(self.max_error, float(np.abs(recorded - expected).max()))
+        assert self.max_error < self.tolerance, (
+            f"log-probs differ by {self.max_error:.2g} from those of {whose}"
+        )
+
+    @torch.inference_mode()
+    def plain_logprobs(self, token_ids: np.ndarray, temperature: float) -> np.ndarray:
+        """float64 [n]: log-prob of each token under the weights in force, 0 for the first."""
+        weights = self.weights[self.version % len(self.weights)]
+        for name, value in stored_state(self.plain).items():
+            value.copy_(weights[name])
+        scaled = torch.from_numpy(plain_logprobs(self.plain, token_ids) / temperature)
+        table = torch.log_softmax(scaled, dim=-1).numpy()
+        return np.append(0.0, table[np.arange(len(token_ids) - 1), token_ids[1:]])
 
     def strategy(self) -> tuple[str, FlatSettings | TreePOSettings]:
         stops = [1] if self.rng.random() < 0.7 else []
@@ -216,6 +242,7 @@ def start(model: str | None, device: str, seed: int) -> Soak:
         device=device,
         dtype=dtype,
     )
+    plain = copy.deepcopy(loaded).to(device)
     engine = Engine(loaded.to(device), settings)
     first = {name: value.clone() for name, value in stored_state(engine.model).items()}
     second = {name: value.clone() for name, value in first.items()}
@@ -223,7 +250,7 @@ def start(model: str | None, device: str, seed: int) -> Soak:
         second[name] = second[name] * 1.01
     weights = [_tied(first, engine), _tied(second, engine)]
     tolerance = 1e-5 if dtype == "float64" else 1e-3
-    return Soak(engine=engine, weights=weights, rng=rng, tolerance=tolerance)
+    return Soak(engine=engine, plain=plain, weights=weights, rng=rng, tolerance=tolerance)
 
 
 def _tied(state: dict[str, torch.Tensor], engine: Engine) -> dict[str, torch.Tensor]:
@@ -240,32 +267,52 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
+def rise(times: Sequence[float], sizes: Sequence[int]) -> float:
+    """Bytes by which a straight line through memory's sizes rises over the second half of the
+    times.
+    """
+    half = times[0] + (times[-1] - times[0]) / 2
+    late = [(at, size) for at, size in zip(times, sizes, strict=True) if at >= half]
+    if len(late) < 3:
+        return 0.0
+    at, size = np.array(late, np.float64).T
+    return float(np.polyfit(at - at[0], size, 1)[0] * (at[-1] - at[0]))
+
+
 def run(soak: Soak, seconds: float) -> Iterator[str]:
-    """Episodes until the time is up; yields a line of news about each minute.
+    """Episodes, at least one, until the time is up; yields a line of news about each minute.
 
     Raises:
         AssertionError: something did not hold.
     """
     began = time.monotonic()
-    settled, news, episodes = 0, began + 60, 0
-    while (elapsed := time.monotonic() - began) < seconds:
+    news = began + 60
+    times: list[float] = []
+    sizes: list[int] = []
+    while (elapsed := time.monotonic() - began) < seconds or not times:
         soak.episode()
-        episodes += 1
-        if not settled and elapsed > seconds / 5:
-            settled = resident_bytes()
+        times.append(time.monotonic() - began)
+        sizes.append(resident_bytes())
         if time.monotonic() > news:
             news += 60
-            yield f"{elapsed:6.0f} s  {episodes} episodes, {resident_bytes() >> 20} MiB"
-    grown = resident_bytes() - settled
+            yield f"{elapsed:6.0f} s  {len(times)} episodes, {sizes[-1] >> 20} MiB"
+    settled = sizes[next(i for i, at in enumerate(times) if at >= times[-1] / 5)]
+    grown, rising = sizes[-1] - settled, rise(times, sizes)
     costs = soak.engine.metrics()
     yield f"acts: {dict(sorted(soak.acts.items()))}"
     yield (
         f"{costs.segments} segments, {costs.generated_tokens} tokens, {costs.preempted} put back, "
         f"hit rate {costs.hit_rate:.2f}; largest error of a log-prob {soak.max_error:.1e}"
     )
-    change = grown / (1 << 20)
-    yield f"memory: {settled >> 20} MiB after a fifth of the time, {change:+.1f} MiB since"
-    assert settled and grown < MEMORY_MARGIN, f"memory grew by {grown} bytes"
+    mib = 1 << 20
+    yield (
+        f"memory: {settled >> 20} MiB after a fifth of the time, {grown / mib:+.1f} MiB since; "
+        f"rises by {rising / mib:+.1f} MiB over the second half"
+    )
+    assert grown < MEMORY_MARGIN, f"memory grew by {grown} bytes"
+    assert seconds < SHORTEST_FOR_RISE or rising < RISE_MARGIN, (
+        f"memory rises by {rising:.0f} bytes over the second half"
+    )
 
 
 def main() -> None:

@@ -6,12 +6,17 @@ import pytest
 
 NAMES = {
     "rollout": [
+        "Completion",
+        "CostLedger",
+        "Draft",
         "DraftTree",
         "Engine",
         "EngineSettings",
         "ExtendSpec",
-        "Tree",
+        "Node",
+        "Scorer",
         "Segment",
+        "Tree",
         "generate",
     ],
     "rollout.strategies": ["Flat", "TreePO", "FlatSettings", "TreePOSettings", "STRATEGIES"],

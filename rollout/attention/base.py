@@ -119,15 +119,24 @@ class AttentionContext:
         """``query [1, H, T, Dk]``, ``key [1, Hkv, T, Dk]``, ``value [1, Hkv, T, Dv]`` to
         [1, T, H, Dv].
         """
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return self.attend_rows(layer, query, key, value, variant).unsqueeze(0)
+
+    def attend_rows(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        variant: LayerVariant,
+    ) -> torch.Tensor:
+        """``query [T, H, Dk]``, ``key [T, Hkv, Dk]``, ``value [T, Hkv, Dv]`` to [T, H, Dv]."""
         self.calls += 1
-        keys, values = self.pool.write(
-            layer, self.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
-        )
-        rows = query[0].transpose(0, 1)
-        out = self.plan.attend(rows[: self.num_rows], keys, values, variant)
-        if self.num_rows < rows.shape[0]:
-            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, rows.shape[0] - self.num_rows))
-        return out.unsqueeze(0)
+        keys, values = self.pool.write(layer, self.write_slots, key, value)
+        out = self.plan.attend(query[: self.num_rows], keys, values, variant)
+        if self.num_rows < query.shape[0]:
+            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, query.shape[0] - self.num_rows))
+        return out
 
 
 def tree_attention(

@@ -14,6 +14,7 @@ from rollout.strategies.rule_settings import (
     PAPER_TEMPERATURES,
     SOFTMAX_BLOCK,
 )
+from treepo.base.typed import check_types
 
 FINISH_POLICIES = ("eos", "boxed_and_eos", "boxed_as_eos")
 NO_FALLBACK = "none"
@@ -41,6 +42,7 @@ class SamplingSettings:
     stop_strings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_types(self, f"{type(self).__name__}:")
         self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all tokens)")

@@ -73,14 +73,14 @@ def test_the_device_is_named_by_processor_and_threads_alone():
 
 
 def test_a_table_aligns_its_columns(capsys):
-    harness.print_table("t", ("name", "x"), [("a", 1234.5), ("long name", 0.12345), ("b", 7)])
+    harness.print_table("t", ("name", "x"), [("a", 1234.5), ("long name", 0.12346), ("b", 7)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [
         "t",
-        "       name      x",
-        "          a  1,234",
-        "  long name  0.123",
-        "          b      7",
+        "       name       x",
+        "          a   1,234",
+        "  long name  0.1235",
+        "          b       7",
     ]
 
 

@@ -63,6 +63,7 @@ def test_the_comparison_with_transformers_runs_and_forwards_each_token_once(tmp_
 @pytest.mark.long
 def test_the_comparison_of_tree_and_flat_runs_and_its_token_ratio_is_exact(tmp_path):
     report = quick_run("tree_vs_flat", tmp_path)
+    assert all(gate["passed"] for gate in report["gates"])
     for depth in ("4", "7"):
         counts = report["counts"][depth]
         assert counts["tree"]["query_tokens"] == counts["expected_query_tokens"]["tree"]

@@ -45,16 +45,24 @@ class TreeMaker:
         self.tree.set_slots(node, self.slots(reserved))
         return node
 
-    def random(self, num_nodes: int, max_tokens: int, share: float = 0.6) -> list[Block]:
-        """A random tree and blocks on a ``share`` of its nodes, in random order."""
+    def random(
+        self, num_nodes: int, max_tokens: int, share: float = 0.6, empty: float = 0.0
+    ) -> list[Block]:
+        """A random tree and blocks on a ``share`` of its nodes, in random order. A share of
+        ``empty`` of the nodes has no token, and a block on one no row; the last node has some.
+        """
         nodes = [self.root]
-        for _ in range(num_nodes):
+        for i in range(num_nodes):
             parent = nodes[self.rng.integers(len(nodes))]
-            nodes.append(self.node(parent, int(self.rng.integers(1, max_tokens + 1))))
-        chosen = [node for node in nodes[1:] if self.rng.random() < share] or nodes[-1:]
+            is_empty = empty and i < num_nodes - 1 and self.rng.random() < empty
+            count = 0 if is_empty else int(self.rng.integers(1, max_tokens + 1))
+            nodes.append(self.node(parent, count))
+        chosen = [node for node in nodes[1:] if self.rng.random() < share]
+        if not any(len(node.token_ids) for node in chosen):
+            chosen = nodes[-1:]
         blocks = []
         for node in chosen:
-            start = int(self.rng.integers(0, len(node.token_ids)))
+            start = int(self.rng.integers(0, max(1, len(node.token_ids))))
             blocks.append(Block(node, start, len(node.token_ids), node.token_ids[start:]))
         self.rng.shuffle(blocks)  # type: ignore[arg-type]
         return blocks

@@ -17,12 +17,11 @@ from rollout.extend import ExtendSpec
 from rollout.linear import (
     Fp32Head,
     PackedLinear,
-    RowRule,
     pack_linear_layers,
-    row_rule,
     undo_linear_changes,
     use_fp32_head,
 )
+from rollout.row_rule import RowRule, row_rule
 from rollout.settings import EngineSettings
 
 PROMPT = list(range(3, 15))
@@ -62,7 +61,7 @@ def test_new_weights_are_packed_anew_however_they_arrive():
     for change in (
         lambda: model.state_dict()["0.weight"].copy_(torch.randn(64, 64)),
         lambda: model.load_state_dict(layers(torch.float32, (64, 64)).state_dict()),
-        lambda: model[0].weight.data.set_(torch.randn(64, 64)),
+        lambda: setattr(model[0].weight, "data", torch.randn(64, 64)),
     ):
         with torch.no_grad():
             change()
@@ -213,7 +212,7 @@ def test_every_dtype_runs_end_to_end_with_and_without_packed_weights(dtype, pack
     settings = EngineSettings(num_kv_slots=512, dtype=dtype, pack_weights=packed)
     engine = Engine(model, settings)
     assert any(type(m) is PackedLinear for m in model.modules()) == (
-        packed and linear._can_pack(getattr(torch, dtype))
+        packed and linear.can_pack(getattr(torch, dtype))
     )
     (found,) = engine.extend([(engine.prefill(PROMPT), ExtendSpec(max_tokens=8), 1)])
     assert len(found.token_ids) == 8 and np.isfinite(found.logprobs).all()
@@ -224,7 +223,7 @@ def test_small_float32_layers_are_left_to_torch(monkeypatch):
     monkeypatch.undo()
     model = layers(torch.float32, (256, 256), (256, 768))
     pack_linear_layers(model)
-    kinds = [torch.nn.Linear, PackedLinear if linear._can_pack(torch.float32) else torch.nn.Linear]
+    kinds = [torch.nn.Linear, PackedLinear if linear.can_pack(torch.float32) else torch.nn.Linear]
     assert [type(layer) for layer in model] == kinds
 
 

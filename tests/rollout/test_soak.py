@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+ACTS = ("flat", "treepo", "draft", "evict", "cancel", "load keep", "load recompute")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "soak.py"
 
 
@@ -26,9 +28,42 @@ def soak() -> ModuleType:
 
 def test_some_seconds_of_random_strategies_cancels_evictions_and_weights(soak):
     started = soak.start(None, "cpu", seed=1)
-    lines = list(soak.run(started, 8.0))
+    lines = list(soak.run(started, 4.0))
     assert "MiB since" in lines[-1]
-    assert started.acts["flat"] + started.acts["treepo"] > 0
+    wanted = {*ACTS, "compared", "scored"}
+    for _ in range(60):  # a slow machine has not done everything yet
+        if wanted <= set(started.acts):
+            break
+        started.episode()
+    assert wanted - set(started.acts) == set()
+
+
+def test_log_probs_are_compared_with_plain_attention_under_the_weights_in_force(soak):
+    started = soak.start(None, "cpu", seed=3)
+    ids = started.tokens(20)
+    for version in (1, 2):
+        state = started.weights[version % 2]
+        started.engine.load_weights(version, soak.manifest_of(state), state)
+        started.version = version
+        expected = started.engine.score_path(ids, 0.7)
+        assert abs(started.plain_logprobs(ids, 0.7) - expected).max() < 1e-5
+    started.version = 1
+    assert abs(started.plain_logprobs(ids, 0.7) - expected).max() > 1e-3
+    with pytest.raises(AssertionError, match="log-probs differ by .* from those of anybody"):
+        started.compare(expected, expected + 1e-4, "anybody")
+
+
+def test_memory_that_rises_over_the_second_half_is_noticed(soak, monkeypatch):
+    assert soak.rise([0, 1, 2, 3, 4], [900, 50, 70, 80, 90]) == pytest.approx(20)
+    assert soak.rise([0, 1, 2, 3, 4], [0, 50, 70, 70, 70]) == pytest.approx(0)
+    started = soak.start(None, "cpu", seed=1)
+    began = time.monotonic()
+    monkeypatch.setattr(soak, "resident_bytes", lambda: int((time.monotonic() - began) * (1 << 30)))
+    monkeypatch.setattr(soak, "MEMORY_MARGIN", 1 << 40)
+    monkeypatch.setattr(soak, "SHORTEST_FOR_RISE", 0.0)
+    monkeypatch.setattr(type(started), "episode", lambda _: time.sleep(0.001))
+    with pytest.raises(AssertionError, match="over the second half"):
+        list(soak.run(started, 0.1))
 
 
 def test_a_soak_notices_keys_of_older_weights(soak, monkeypatch):
@@ -52,6 +87,6 @@ def test_twenty_minutes_of_random_strategies_cancels_evictions_and_weights(soak)
     started = soak.start(None, "cpu", seed=0)
     for line in soak.run(started, 20 * 60):
         print(line)
-    for act in ("flat", "treepo", "draft", "evict", "cancel", "load keep", "load recompute"):
+    for act in ACTS:
         assert started.acts[act] > 100, f"{act}: {started.acts[act]}"
     assert started.acts["compared"] > 1000

@@ -110,6 +110,46 @@ def test_soft_caps_and_sinks_give_what_the_dense_mask_gives(variant, short_items
         assert_like_the_dense_mask(blocks, seed, variant, tolerance=tolerance)
 
 
+VARIANTS = {
+    "window": dict(window=5),
+    "softcap": dict(softcap=5.0),
+    "sinks": dict(sinks=torch.tensor([2.0, -1.0, 0.0, 5.0], device=DEVICE)),
+    "all": dict(window=3, softcap=2.0, sinks=torch.ones(4, device=DEVICE)),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_variants_in_all_types_on_trees_with_empty_nodes_give_what_the_dense_mask_gives(
+    variant, dtype, short_items
+):
+    maker = TreeMaker(len(variant))
+    blocks = maker.random(9, 9, empty=0.35)
+    assert any(not len(node.slots) for node in above(blocks)), "no empty node"
+    added = LayerVariant(scaling=0.3, **VARIANTS[variant])
+    # see below for soft caps; in 16 bits the result's own rounding is larger
+    widened = max(1.0, added.softcap or 0.0) if dtype == torch.float32 else 1.0
+    assert_like_the_dense_mask(blocks, 3, added, dtype, TOLERANCE[dtype] * widened)
+
+
+def above(blocks):
+    """All nodes on the blocks' paths but the root."""
+    found = set()
+    for block in blocks:
+        node = block.node
+        while node.parent is not None:
+            found.add(node)
+            node = node.parent
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_without_rows_and_nodes_without_tokens_change_nothing(seed, short_items):
+    blocks = TreeMaker(seed).random(12, 10, share=0.7, empty=0.4)
+    assert any(not block.num_rows for block in blocks)
+    assert_like_the_dense_mask(blocks, seed)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 33, 64])
 def test_any_number_of_rows_below_a_node_gives_what_the_dense_mask_gives(num_rows):
     maker = TreeMaker(num_rows)
