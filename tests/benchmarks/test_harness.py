@@ -17,12 +17,13 @@ def report(**changes) -> Report:
     return Report(**{**fields, **changes})
 
 
-def test_runs_take_turns_and_warm_up_untimed(monkeypatch):
+def test_runs_take_turns_and_warm_up_untimed():
     log: list[str] = []
-    clock = iter(np.arange(100.0))
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: float(next(clock)))
+    ticks = iter(np.arange(100.0))
     runs = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
-    seconds = harness.run_paired(runs, rounds=3, synchronize=lambda: log.append("|"))
+    seconds = harness.run_paired(
+        runs, rounds=3, synchronize=lambda: log.append("|"), clock=lambda: next(ticks)
+    )
     assert "".join(log) == "ab" + "|a||b|" * 3
     assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
 
