@@ -130,7 +130,7 @@ FAMILIES = [
     ("qwen3", {}, torch.float64, 1e-6),
     ("llama", {}, torch.float64, 1e-6),
     ("mistral", {"sliding_window": 8}, torch.float64, 1e-6),
-    ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}, torch.float64, 1e-5),
+    ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}, torch.float64, 1e-6),
     ("cohere", {}, torch.float64, 1e-6),
     ("granite", {"logits_scaling": 3.0}, torch.float64, 1e-6),
     (
