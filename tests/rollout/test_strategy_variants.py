@@ -37,13 +37,15 @@ BASE = dict(
     stop_token_ids=list(range(0, VOCABULARY, 3)), temperature=1.2,
 )  # fmt: skip
 INSIDE = ("lowest_logprob", "block_softmax", "block_softmax_inverse", "misaligned")
-BLOCK = dict(fallback_block_length=2)
+BLOCKS = dict.fromkeys(["block_softmax", "block_softmax_inverse"], dict(fallback_block_length=2))
 # Few stops and low temperatures, so that many paths go on and are weighed differently.
 FEW = dict(n=14, stop_token_ids=[4, 9])
 COLD = dict(FEW, branching_temperature=[0.05])
 LOW = dict(COLD, branching="low_logprob")
 # Two levels, so that many responses are cut off by their length.
 SHALLOW = dict(stop_token_ids=[4, 9, 14, 19], max_depth=2, max_response_length=8)
+# Several rounds of cuts, below and above each other.
+ROUNDS = dict(SHALLOW, max_depth=3, max_response_length=12, fallback="finished_first")
 SCHEDULES = {"linear": [0.05, 20.0], "sinusoidal": [20.0, 0.05]}
 # (setting, name) -> settings; the defaults of a setting are part of another's variants
 VARIANTS: dict[tuple[str, str], dict] = {
@@ -57,11 +59,12 @@ VARIANTS: dict[tuple[str, str], dict] = {
         for name, temperatures in SCHEDULES.items()
     },
     **{
-        ("budget", name): dict(budget=name, budget_tokens=24) for name in BUDGETS if name != "width"
+        ("budget", name): dict(budget=name, budget_tokens=0 if name == "width" else 24)
+        for name in BUDGETS
     },
     **{("fallback", name): dict(SHALLOW, fallback=name) for name in (*FALLBACKS, "none")},
     **{
-        ("fallback_cut", name): dict(fallback_cut=name, **(BLOCK if "block" in name else {}))
+        ("fallback_cut", name): dict(ROUNDS, fallback_cut=name, **BLOCKS.get(name, {}))
         for name in FALLBACK_CUTS
     },
 }
@@ -165,22 +168,29 @@ def test_a_variant_s_unfinished_tree_goes_on_from_its_pickle_on_another_engine(n
 
 
 @pytest.mark.parametrize("name", VARIANTS, ids="=".join)
-def test_a_variant_fills_its_width_with_responses_whose_log_probs_are_a_fresh_forward_s(name):
+def test_a_variant_fills_its_width_within_the_length(name):
     chosen = settings(name)
     for tree in expected(name):
         if chosen.budget == "response_tokens" or chosen.fallback == "none":
             assert 2 <= tree.num_leaves <= chosen.n
         else:
             assert tree.num_leaves == chosen.n
+        for leaf in tree.leaves:
+            response = tree.path_token_ids(leaf, with_prompt=False)
+            assert 1 <= len(response) <= chosen.max_response_length
+
+
+@pytest.mark.parametrize("cut", INSIDE)
+def test_log_probs_above_and_below_a_cut_are_those_of_a_fresh_forward(cut):
+    name = ("fallback_cut", cut)
+    for tree in expected(name)[:2]:
         start = tree.segments[0].num_tokens
         for leaf in tree.leaves:
-            path = tree.path(leaf)
-            assert len(tree.path_token_ids(leaf)) - start <= chosen.max_response_length
-            recorded = np.concatenate([tree.segments[i].logprobs for i in path])[start:]
+            recorded = np.concatenate([tree.segments[i].logprobs for i in tree.path(leaf)])
             fresh = path_logprobs(
-                engine().model, tree.path_token_ids(leaf), temperature=chosen.temperature
-            )[start:]
-            assert np.abs(recorded - fresh).max() < 2e-6
+                engine().model, tree.path_token_ids(leaf), temperature=settings(name).temperature
+            )
+            assert np.abs(recorded - fresh)[start:].max() < 2e-6
 
 
 def test_every_registered_name_is_a_variant_here():
@@ -189,7 +199,7 @@ def test_every_registered_name_is_a_variant_here():
         "branching": set(BRANCHINGS),
         "branching_score": set(BRANCHING_SCORES) - {"last_segment"},
         "branching_schedule": set(BRANCHING_SCHEDULES) - {"constant"},
-        "budget": set(BUDGETS) - {"width"},
+        "budget": set(BUDGETS),
         "fallback": {*FALLBACKS, "none"},
         "fallback_cut": set(FALLBACK_CUTS),
     }
@@ -199,11 +209,10 @@ def test_the_variants_differ_where_they_should_and_fallbacks_happen():
     """Otherwise the tests above would test one thing many times."""
     assert sum(tree.counters.fallbacks for tree in expected(("fallback_cut", "segment"))) >= 6
     for name in INSIDE:
-        assert sum(len(heads(t.segments)) for t in expected(("fallback_cut", name))) >= 2, name
+        assert sum(len(heads(t.segments)) for t in expected(("fallback_cut", name))) >= 6, name
     default_of = {
         "branching_score": ("branching", "low_logprob"),
         "branching_schedule": ("branching", "low_logprob"),
-        "budget": ("fallback_cut", "segment"),
     }
     for setting in {setting for setting, _ in VARIANTS}:
         names = [name for name in VARIANTS if name[0] == setting]
