@@ -13,7 +13,8 @@ A line has ``problem_id``, ``temperature``, ``counters`` (branches, fallbacks, r
   null where nothing is trained).
 * ``leaves``, one a trajectory: ``node`` (index of its last segment), ``text`` (of the whole
   response), ``num_tokens``, ``reward`` (null without a verdict), ``parts``, ``outcome``,
-  ``correct``, ``answer``, ``detail``, ``advantage``, ``weight``.
+  ``correct``, ``answer``, ``detail``, ``advantage`` (where an estimator gives each segment its own:
+  the mean over the response's tokens), ``weight``.
 
 The advantages of a tree that was left out of training (all rewards equal) are null.
 """

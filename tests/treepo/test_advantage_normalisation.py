@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scored_trees import (
     AVERAGES,
-    SQUARES,
     flat,
     group,
     irregular,
@@ -79,8 +78,3 @@ def test_siblings_divided_over_the_batch_are_not_divided_among_themselves():
     (advantage,) = segment_advantages([irregular()], adv_estimator="sibling", normalisation="batch")
     scale = np.std(plain[[1, 2, 3, 4, 5, 6, 10]], ddof=1) + 1e-6
     np.testing.assert_allclose(advantage, plain / scale, atol=1e-12)
-
-
-def test_the_tree_of_the_first_example_has_nine_level_advantages():
-    (advantage,) = leaf_advantages([group()], normalisation="tree")
-    np.testing.assert_allclose(advantage, np.array(AVERAGES) / (math.sqrt(SQUARES / 8) + 1e-6))

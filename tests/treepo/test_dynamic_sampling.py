@@ -14,9 +14,12 @@ from scored_trees import build, verdict
 
 from rollout.metrics import CostLedger
 from treepo.algorithm_settings import AdvantageSettings
+from treepo.cli import compose
+from treepo.config import TrainConfig
 from treepo.data import Problem
 from treepo.data_order import DataPosition, ProblemOrder, shuffle
 from treepo.dynamic_sampling import GenBatch, further_prompts, gather
+from treepo.sizes import derived_sizes
 from treepo.step import make_prompts
 
 
@@ -171,3 +174,8 @@ def test_no_two_draws_of_a_run_have_the_same_key():
         for prompt in make_prompts(batch, 0, "train", *where)
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_sizes_say_how_many_prompts_a_step_may_take():
+    config = compose("train", TrainConfig, ["+experiment=quickstart", "algorithm=dynamic"])
+    assert derived_sizes(config)["dynamic sampling"] == "up to 3 batches, 72 prompts a step"

@@ -99,21 +99,28 @@ def test_the_trainer_recomputes_the_log_probs_that_the_engine_recorded(sampled, 
     assert (row.sampling_logprobs[index] - logprobs).max() > 0.01
 
 
-LOSSES = [
-    PolicyLossSettings(),
-    PolicyLossSettings(name="gspo", clip_ratio_low=0.1, clip_ratio_high=0.1, kl_loss_coef=0.2),
-    PolicyLossSettings(name="cispo"),
-]
+LOSSES = {
+    "ppo_clip": PolicyLossSettings(),
+    "gspo": PolicyLossSettings(
+        name="gspo", clip_ratio_low=0.1, clip_ratio_high=0.1, kl_loss_coef=0.2
+    ),
+    "cispo": PolicyLossSettings(name="cispo"),
+}
 
 
-@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: settings.name)
+@pytest.mark.parametrize(
+    ("estimator", "objective"),
+    [*(("treepo", name) for name in LOSSES), ("treerl", "ppo_clip"), ("sibling", "cispo")],
+)
 @pytest.mark.parametrize("weighting", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("name", STRATEGY_SETTINGS)
 def test_sampled_trees_have_the_loss_and_gradient_of_their_responses(
-    sampled, policy, name, weighting, settings
+    sampled, policy, name, weighting, estimator, objective
 ):
+    settings = LOSSES[objective]
     groups = scored(sampled[name])
-    advantages = estimate(groups, AdvantageSettings(loss_weighting=weighting))
+    algorithm = AdvantageSettings(adv_estimator=estimator, loss_weighting=weighting)
+    advantages = estimate(groups, algorithm)
     trees = token_trees(groups, advantages, drop_untrained=True)
     flat = [
         sequence
