@@ -63,8 +63,9 @@ def test_the_calls_of_a_plan_hold_exactly_the_visible_pairs_once(
 
 @pytest.fixture
 def by_chains(monkeypatch):
-    """Layers that nodes could serve go to chains."""
+    """Layers that sequences or nodes could serve go to chains."""
     monkeypatch.setattr(packed_tree, "_fits_nodes", lambda *args: False)
+    monkeypatch.setattr(packed_tree, "sequence_lengths", lambda visible_until: None)
 
 
 def states_of(row, heads, kv_heads, *, dim=8, dtype=torch.float64, value_dim=None):
@@ -133,13 +134,27 @@ def test_the_calls_of_a_node_plan_hold_exactly_the_visible_pairs_once(seed):
     assert plan.num_pairs == int(dense_mask(row).sum())
 
 
-def test_a_row_of_plain_sequences_is_one_causal_call_a_sequence():
-    lengths = [5, 16, 1, 9]
+@pytest.mark.parametrize("lengths", [[5, 16, 1, 9], [8, 8, 8], [7, 7, 3, 3, 3, 7], [1]])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_a_row_of_plain_sequences_is_plain_attention_a_sequence(lengths, num_kv_heads, monkeypatch):
     row = pack_row([path_tree(torch.zeros(n, dtype=torch.int64)) for n in lengths])
-    calls = context_of(row).nodes.calls
-    assert [c.query_end - c.query_start for c in calls] == [*lengths, 1]  # and a padding token
-    assert all(call.causal for call in calls)
-    assert_like_the_dense_mask(row, states_of(row, 4, 2))
+    padding = row.num_tokens - sum(lengths)
+    assert context_of(row).sequence_lengths == [*lengths, *[1] * padding]
+    monkeypatch.setattr(nodes, "node_attention", None)  # not called
+    assert_like_the_dense_mask(row, states_of(row, 4, num_kv_heads))
+    assert_like_the_dense_mask(row, states_of(row, 4, num_kv_heads, value_dim=6))
+
+
+def test_by_nodes_a_row_of_plain_sequences_is_one_causal_call_a_sequence():
+    plan = nodes.make_plan(np.repeat([5, 21, 22], [5, 16, 1]))
+    assert [(c.query_start, c.query_end, c.causal) for c in plan.calls] == [
+        *((0, 5, True), (5, 21, True), (21, 22, True))
+    ]
+
+
+def test_a_row_with_a_shared_token_is_no_row_of_sequences():
+    assert context_of(row_of(0)).sequence_lengths is None
+    assert context_of(pack_row([])).sequence_lengths == [1] * 8
 
 
 def test_the_calls_by_nodes_are_those_worked_out_by_hand():

@@ -11,8 +11,7 @@ exp(L2 - L)``). Given the merged output and ``L``, the kernel's backward gives e
 share of the gradient, as in FlashAttention (arXiv 2205.14135, section B.4) and ring attention
 (arXiv 2310.01889): with ``P = exp(S - L)`` and ``delta = rowsum(dO * O)``, ``dS = P (dO V^T -
 delta)``, and both L and delta are those of the whole row. Kept for it are query, key, value, output
-and L: nothing that grows with the number of pairs. A row without sharing is one causal call a
-sequence.
+and L: nothing that grows with the number of pairs.
 """
 
 from __future__ import annotations

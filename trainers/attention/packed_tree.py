@@ -1,7 +1,8 @@
 """The attention function that transformers calls, and what it knows of the row.
 
-On a CPU, layers that see all of their path go to ``nodes``; windows that cut a path, soft caps,
-sinks and values of another size than keys to ``chains``.
+Where no token is shared, layers that see all of their path go to ``sequences``; else, on a CPU, to
+``nodes``. Windows that cut a path, soft caps, sinks and values of another size than keys go to
+``chains``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainers.attention import nodes
 from trainers.attention.chains import ChainPlans, chain_attention
+from trainers.attention.sequences import sequence_attention, sequence_lengths
 from trainers.attention.variant import Variant
 
 NAME = "packed_tree"
@@ -32,6 +34,10 @@ class PackedTreeContext:
     @cached_property
     def chains(self) -> ChainPlans:
         return ChainPlans(*self._arrays, self.device)
+
+    @cached_property
+    def sequence_lengths(self) -> list[int] | None:
+        return sequence_lengths(self._arrays[0])
 
     @cached_property
     def nodes(self) -> nodes.NodePlan:
@@ -97,17 +103,15 @@ def packed_tree_attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    if _fits_nodes(query, value, variant) and packed_tree.nodes.is_worthwhile:
+    is_plain = variant.window is None and variant.softcap is None and variant.sinks is None
+    lengths = packed_tree.sequence_lengths
+    if is_plain and lengths is not None:
+        return sequence_attention(query, key, value, lengths, variant.scaling), None
+    if is_plain and _fits_nodes(query, value) and packed_tree.nodes.is_worthwhile:
         plan = packed_tree.nodes
         return nodes.node_attention(query, key, value, plan, variant.scaling), None
     return chain_attention(query, key, value, packed_tree.chains, variant), None
 
 
-def _fits_nodes(query: torch.Tensor, value: torch.Tensor, variant: Variant) -> bool:
-    return (
-        query.device.type == "cpu"
-        and value.shape[3] == query.shape[3]
-        and variant.window is None
-        and variant.softcap is None
-        and variant.sinks is None
-    )
+def _fits_nodes(query: torch.Tensor, value: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and value.shape[3] == query.shape[3]
