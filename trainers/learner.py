@@ -340,6 +340,7 @@ def _load(
         logprob_chunk_size=settings.logprob_chunk_size,
         fp32_lm_head=settings.fp32_lm_head,
         gradient_checkpointing=gradient_checkpointing,
+        attention_kernel=settings.attention,
     )
 
 

@@ -26,13 +26,20 @@ class PolicyModel(torch.nn.Module):
     Attributes:
         model: the transformers model, its head included.
         head: the same head, giving log-probabilities.
+        attention_kernel: ``LearnerSettings.attention``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, logprob_chunk_size: int = 4096, fp32_lm_head: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        logprob_chunk_size: int = 4096,
+        fp32_lm_head: bool = False,
+        attention_kernel: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model
+        self.attention_kernel = attention_kernel
         lm_head = model.get_output_embeddings()
         if not isinstance(lm_head, torch.nn.Linear):
             raise ValueError(
@@ -48,6 +55,7 @@ class PolicyModel(torch.nn.Module):
             visible_until=batch.visible_until,
             position_ids=batch.position_ids,
             device=batch.token_ids.device,
+            requested=self.attention_kernel,
         )
         output = self.model.base_model(
             input_ids=batch.token_ids[None],
@@ -75,13 +83,17 @@ def load_policy(
     logprob_chunk_size: int = 4096,
     fp32_lm_head: bool = False,
     gradient_checkpointing: bool = False,
+    attention_kernel: str = "auto",
 ) -> PolicyModel:
     """Load a folder or Hub name with packed-tree attention, as one function of its weights: in
     evaluation mode, without dropout, noise on routers or sampled experts.
 
     Raises:
-        ValueError: the model's attention can't be trained on packed trees.
+        ValueError: the model's attention can't be trained on packed trees, or ``attention_kernel``
+            can't work here.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention.check_attention(attention_kernel, device, dtype)
     config = AutoConfig.from_pretrained(model_path)
     check_supported(config)
     switch_off_dropout(config)
@@ -98,7 +110,12 @@ def load_policy(
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # which is when it recomputes; its parts stay as they are
-    return PolicyModel(model, logprob_chunk_size=logprob_chunk_size, fp32_lm_head=fp32_lm_head)
+    return PolicyModel(
+        model,
+        logprob_chunk_size=logprob_chunk_size,
+        fp32_lm_head=fp32_lm_head,
+        attention_kernel=attention_kernel,
+    )
 
 
 def check_supported(config: PretrainedConfig) -> None:

@@ -10,6 +10,7 @@ from treepo.base.registry import Registry
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
+ATTENTIONS = ("auto", "sdpa", "flex", "flash")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
@@ -174,6 +175,7 @@ class LearnerSettings:
     """One learner rank. The same settings on every rank."""
 
     dtype: str = "float32"  # of weights and activations; bfloat16 keeps float32 master weights
+    attention: str = "auto"  # auto | sdpa | flex (CUDA) | flash (flash-attn, no shared tokens)
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights sharded
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     policy_loss: PolicyLossSettings = field(default_factory=PolicyLossSettings)
@@ -186,6 +188,7 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("attention", self.attention, ATTENTIONS)
         _check("zero_stage", self.zero_stage, self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         for name in ("max_tokens_per_micro_batch", "logprob_chunk_size", "init_timeout_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")

@@ -5,6 +5,7 @@ The row's tokens stand in depth-first preorder, so each is seen by one interval 
 ``packed_tree`` and receives the row as the keyword ``packed_tree`` of the model's forward.
 """
 
+from trainers.attention.choose import check_attention
 from trainers.attention.packed_tree import (
     NAME,
     PackedTreeContext,
@@ -12,4 +13,4 @@ from trainers.attention.packed_tree import (
     register,
 )
 
-__all__ = ["NAME", "PackedTreeContext", "packed_tree_attention", "register"]
+__all__ = ["NAME", "PackedTreeContext", "check_attention", "packed_tree_attention", "register"]

@@ -1,8 +1,8 @@
 """The attention function that transformers calls, and what it knows of the row.
 
-Where no token is shared, layers that see all of their path go to ``sequences``; else, on a CPU, to
-``nodes``. Windows that cut a path, soft caps, sinks and values of another size than keys go to
-``chains``.
+``choose`` says which kernel serves a layer. With ``sdpa``, layers that see all of their path go to
+``sequences`` where no token is shared, else on a CPU to ``nodes``; windows that cut a path, soft
+caps, sinks and values of another size than keys go to ``chains``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainers.attention import nodes
 from trainers.attention.chains import ChainPlans, chain_attention
+from trainers.attention.choose import choose_attention
+from trainers.attention.flash import SequenceEnds, varlen_attention
+from trainers.attention.flex import FlexMasks, flex_tree_attention
 from trainers.attention.sequences import sequence_attention, sequence_lengths
 from trainers.attention.variant import Variant
 
@@ -30,10 +33,20 @@ class PackedTreeContext:
     visible_until: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T]
     device: torch.device
+    requested: str = "auto"  # trainer.learner.attention
 
     @cached_property
     def chains(self) -> ChainPlans:
         return ChainPlans(*self._arrays, self.device)
+
+    @cached_property
+    def flex_masks(self) -> FlexMasks:
+        return FlexMasks(*self._arrays, self.device)
+
+    @cached_property
+    def sequence_ends(self) -> SequenceEnds:
+        assert self.sequence_lengths is not None, "tokens are shared"
+        return SequenceEnds.of(self.sequence_lengths, self.device)
 
     @cached_property
     def sequence_lengths(self) -> list[int] | None:
@@ -103,14 +116,34 @@ def packed_tree_attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    is_plain = variant.window is None and variant.softcap is None and variant.sinks is None
-    lengths = packed_tree.sequence_lengths
-    if is_plain and lengths is not None:
-        return sequence_attention(query, key, value, lengths, variant.scaling), None
-    if is_plain and _fits_nodes(query, value) and packed_tree.nodes.is_worthwhile:
-        plan = packed_tree.nodes
-        return nodes.node_attention(query, key, value, plan, variant.scaling), None
-    return chain_attention(query, key, value, packed_tree.chains, variant), None
+    kernel = choose_attention(
+        packed_tree.requested,
+        query,
+        value,
+        is_shared=packed_tree.sequence_lengths is None,
+        has_sinks=s_aux is not None,
+    )
+    if kernel == "flash":
+        return varlen_attention(query, key, value, packed_tree.sequence_ends, variant), None
+    if kernel == "flex":
+        return flex_tree_attention(query, key, value, packed_tree.flex_masks, variant), None
+    return _sdpa(query, key, value, packed_tree, variant), None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row: PackedTreeContext,
+    variant: Variant,
+) -> torch.Tensor:
+    """[1, T, H, Dv], by torch's scaled_dot_product_attention in one of three ways."""
+    if variant.window is None and variant.softcap is None and variant.sinks is None:
+        if row.sequence_lengths is not None:
+            return sequence_attention(query, key, value, row.sequence_lengths, variant.scaling)
+        if _fits_nodes(query, value) and row.nodes.is_worthwhile:
+            return nodes.node_attention(query, key, value, row.nodes, variant.scaling)
+    return chain_attention(query, key, value, row.chains, variant)
 
 
 def _fits_nodes(query: torch.Tensor, value: torch.Tensor) -> bool:
