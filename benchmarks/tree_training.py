@@ -45,6 +45,7 @@ from trainers.packing import pack_row, total_weight
 from trainers.settings import PolicyLossSettings
 
 VOCABULARY = 4096
+IDS = 512  # that occur, so that rows fit every model
 TREE, FLAT, AGAIN = "tree", "flat", "flat again"
 AIM = 0.8  # of the token ratio, from width 512 on
 SETTINGS = PolicyLossSettings()
@@ -123,18 +124,18 @@ class _Grower:
                 token = self.parent[token]
         for values in (pos, neg, weight):
             values[0] = 0  # nothing predicts it
-        logprobs = torch.full((count,), -8.3)  # about what random weights give
+        zeros = torch.zeros(count)
         length = self.depth[self.leaf_token[0]]
         return TokenTree(
-            token_ids=torch.randint(VOCABULARY, (count,), generator=self.generator),
+            token_ids=torch.randint(IDS, (count,), generator=self.generator),
             position_ids=torch.tensor(self.depth),
             visible_until=torch.tensor(self.until),
             predictor=torch.tensor(self.parent),
             advantage_pos=pos,
             advantage_neg=neg,
             weight=weight,
-            behaviour_logprobs=logprobs,
-            sampling_logprobs=logprobs,
+            behaviour_logprobs=zeros,
+            sampling_logprobs=zeros,
             temperature=torch.ones(count),
             policy_version=torch.zeros(count, dtype=torch.int64),
             leaf_token=torch.tensor(self.leaf_token),
@@ -195,11 +196,13 @@ def paths_of(tree: TokenTree) -> list[TokenTree]:
 
 
 def loss_of(row: PackedBatch, logprobs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The clipped loss of the row's trained tokens ``index``, as the learner computes it."""
+    """The clipped loss of the row's trained tokens ``index``, as the learner computes it for
+    tokens that these weights sampled.
+    """
     tokens = TrainedTokens(
         logprobs=logprobs,
         entropy=torch.zeros_like(logprobs),
-        old_logprobs=row.behaviour_logprobs[index],
+        old_logprobs=logprobs.detach(),
         advantage_pos=row.advantage_pos[index],
         advantage_neg=row.advantage_neg[index],
         weight=row.weight[index],

@@ -7,7 +7,8 @@ batches are one code path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -86,3 +87,15 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The row with its tensors on ``device``."""
+    if batch.token_ids.device == device:
+        return batch
+    moved: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
+    return replace(batch, **moved)

@@ -9,7 +9,6 @@ the number of rows may differ from update to update.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import logging
@@ -32,7 +31,7 @@ import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
-from trainers.batch import PackedBatch  # noqa: E402
+from trainers.batch import PackedBatch, on_device  # noqa: E402
 from trainers.logprobs import LogprobHead  # noqa: E402
 from trainers.losses import POLICY_LOSSES, trained_tokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
@@ -136,7 +135,7 @@ class Learner:
         """
         results = []
         for row in batches:
-            batch = _to_device(row, self.device)
+            batch = on_device(row, self.device)
             index = torch.nonzero(batch.predictor >= 0).squeeze(1)
             with torch.no_grad():
                 logprobs, _ = self._engine(batch, index)
@@ -242,7 +241,7 @@ class Learner:
 
     def _loss_of(self, row: PackedBatch, sums: MetricSums, *, first_update: bool) -> torch.Tensor:
         settings = self.settings.policy_loss
-        batch = _to_device(row, self.device)
+        batch = on_device(row, self.device)
         index = torch.nonzero(batch.weight > 0).squeeze(1)
         logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
         ref_logprobs = None
@@ -398,17 +397,6 @@ def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, 
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-
-
-def _to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    if batch.token_ids.device == device:
-        return batch
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor)
-    }
-    return dataclasses.replace(batch, **moved)
 
 
 def _copy_keeping_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

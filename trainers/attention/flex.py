@@ -57,6 +57,11 @@ class FlexMasks:
             self._made[window] = self._make(window)
         return self._made[window]
 
+    def num_pairs(self, window: int | None) -> int:
+        """In all blocks that are computed."""
+        some, _ = visible_blocks(self._visible_until, self._positions, window)
+        return int(some.sum()) * BLOCK**2
+
     def _make(self, window: int | None) -> BlockMask:
         some, whole = visible_blocks(self._visible_until, self._positions, window)
         visible_until = torch.from_numpy(self._visible_until).to(self._device)
