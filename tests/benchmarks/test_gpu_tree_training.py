@@ -46,6 +46,7 @@ def test_both_sides_have_the_same_gradients_and_blocks_are_counted():
     assert set(found.seconds) == {TREE, FLAT} == set(found.peak_bytes)
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_on_a_cpu_where_deepspeed_and_the_like_are_absent(tmp_path):
     path = tmp_path / "found.json"
     code = (
