@@ -1,8 +1,9 @@
-"""Makes the helpers of tests/rollout importable by the tests of this folder."""
+"""Makes the helpers of tests/rollout and tests/trainers importable by the tests of this folder."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "rollout"))
+for folder in ("rollout", "trainers"):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))
