@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rollout.attention.base import Block
+from rollout.checks import check_version, checked_path_key, checked_token_ids, find_device
 from rollout.decoder import Decoder
 from rollout.drafts import Draft, DraftTree, commit_draft, forward_draft
 from rollout.extend import ExtendSpec
@@ -64,7 +65,7 @@ class Engine:
         load_probe: bool = True,
     ) -> None:
         self.settings = settings
-        device = _device(settings.device)
+        device = find_device(settings.device)
         if isinstance(model, PreTrainedModel):
             self.model = use_tree_attention(model)
         else:
@@ -112,7 +113,7 @@ class Engine:
         Raises:
             ValueError: no token, or one that the model does not have.
         """
-        ids = self._token_ids("prompt", token_ids)
+        ids = checked_token_ids("prompt", token_ids, self.vocabulary)
         if not len(ids):
             raise ValueError("a prompt needs at least one token")
         return self.store.prefill(ids)
@@ -124,7 +125,9 @@ class Engine:
         Raises:
             ValueError: a token that the model does not have, or the handle was freed.
         """
-        return self.store.append(node, self._token_ids("appended path", token_ids))
+        return self.store.append(
+            node, checked_token_ids("appended path", token_ids, self.vocabulary)
+        )
 
     def fork(self, node: Node, n: int) -> list[Node]:
         """``n`` >= 0 further handles on the same position."""
@@ -171,14 +174,11 @@ class Engine:
                 there.
         """
         self._check_awake()
-        is_int = isinstance(path_key, int | np.integer) and not isinstance(path_key, bool)
-        if not (is_int and 0 <= path_key < 1 << 64):
-            raise ValueError(f"path_key={path_key!r}: it must be an integer in [0, 2**64)")
         length = self.store.resolve(node).end
         self._check_length(length, spec.max_tokens)
         spec.check(self.vocabulary, length)
         self._stops.matchers(spec)
-        return self._decoder.submit(node, spec, int(path_key))
+        return self._decoder.submit(node, spec, checked_path_key(path_key))
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request, also one whose completion was not fetched yet; False if it is unknown
@@ -257,7 +257,7 @@ class Engine:
         """
         self._check_awake()
         self._check_length(self.store.resolve(node).end, len(tree))
-        self._check_token_ids("draft", tree.token_ids)
+        checked_token_ids("draft", tree.token_ids, self.vocabulary)
         with self._aside():
             budget = self.settings.max_tokens_per_step
             draft = forward_draft(self.store, self._forward, node, tree, budget)
@@ -307,7 +307,7 @@ class Engine:
         tree attention; 0 for the first. Reads no cache, so it sees the weights as they are now.
         """
         self._check_awake()
-        ids = self._token_ids("path", token_ids)
+        ids = checked_token_ids("path", token_ids, self.vocabulary)
         if not 0 <= temperature < np.inf:
             raise ValueError(f"temperature={temperature!r}: it must be >= 0 (0 is greedy)")
         self._check_length(len(ids), 0)
@@ -452,12 +452,7 @@ class Engine:
     def _check_in_flight(self, version: int, in_flight: str) -> None:
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight={in_flight!r}: choose one of {', '.join(IN_FLIGHT)}")
-        is_int = isinstance(version, int | np.integer) and not isinstance(version, bool)
-        if not (is_int and self.policy_version <= version < 1 << 31):
-            raise ValueError(
-                f"weights version={version!r}: it must be an integer below 2**31, not older than "
-                f"the version in force, {self.policy_version}"
-            )
+        check_version(version, self.policy_version)
         self._check_no_drafts(f"weights {version}")
         if in_flight == "refuse" and not self.is_idle:
             raise ValueError(
@@ -490,25 +485,6 @@ class Engine:
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
 
-    def _token_ids(self, what: str, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The tokens as int32 [n], checked."""
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or not (ids.dtype.kind in "iu" or not len(ids)):
-            raise ValueError(
-                f"{what}: token ids must be a flat sequence of integers, not {ids.dtype} of shape "
-                f"{ids.shape}"
-            )
-        self._check_token_ids(what, ids)
-        return ids.astype(np.int32)
-
-    def _check_token_ids(self, what: str, ids: np.ndarray) -> None:
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
-            at = int(np.flatnonzero((ids < 0) | (ids >= self.vocabulary))[0])
-            raise ValueError(
-                f"{what}: token id {ids[at]} at place {at} is outside the model's vocabulary of "
-                f"{self.vocabulary}: was it made by another tokenizer?"
-            )
-
     def _check_length(self, length: int, max_tokens: int) -> None:
         total = length + max_tokens
         if total > self.pool.num_slots:
@@ -522,18 +498,3 @@ class Engine:
                 f"a path of {length} tokens plus max_tokens={max_tokens} exceeds the {limit} "
                 f"positions this model can serve from a cache: {self.runner.max_position_reason}"
             )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(
-            f"engine setting device={name!r} is no device: give one such as cpu or cuda:0"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"engine setting device={name!r}: this torch sees no GPU; use device=cpu, or install a "
-            "torch with CUDA"
-        )
-    return device
