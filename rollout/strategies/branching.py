@@ -139,8 +139,8 @@ def last_segment(path: ActivePath) -> float:
 def _weights(scores: Sequence[float], sign: float, temperature: float) -> np.ndarray:
     """softmax(sign * (x - min x) / T), float64 [A]."""
     x = np.round(np.array(scores, dtype=np.float64) / SCORE_GRID) * SCORE_GRID
-    exponents = sign * (x - x.min()) / temperature
-    weights = np.exp(exponents - exponents.max())
+    distances = sign * x - (sign * x).max()  # at most 0: no temperature makes them overflow
+    weights = np.exp(distances / temperature)
     return weights / weights.sum()
 
 

@@ -72,7 +72,8 @@ def random_group(rng, *, num_segments=14, failures=0.2, shortest=0, forced=0.0):
     rewards = [
         None if rng.random() < failures else float(rng.integers(0, 3)) for _ in range(num_leaves)
     ]
-    return group(rewards, parents, lengths)
+    carried = tuple(i for i in range(1, num_segments) if rng.random() < forced)
+    return group(rewards, parents, lengths, forced=carried)
 
 
 # An irregular tree. Below the prompt (0): segment 1, whose children are a leaf (3) and a fork (4)

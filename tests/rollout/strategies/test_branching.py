@@ -57,6 +57,7 @@ def test_uncertain_paths_get_more_by_hand():
 def test_a_low_temperature_gives_all_to_one_path_and_a_high_one_shares_evenly():
     assert copies("low_logprob", THREE, 12, branching_temperature=[1e-3]) == [1, 1, 10]
     assert copies("high_logprob", THREE, 12, branching_temperature=[1e-3]) == [10, 1, 1]
+    assert copies("high_logprob", THREE, 12, branching_temperature=[1e-300]) == [10, 1, 1]
     assert copies("low_logprob", THREE, 12, branching_temperature=[1e6]) == [4, 4, 4]
 
 
