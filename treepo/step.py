@@ -16,10 +16,10 @@ from rollout.tree import Tree
 from trainers.batch import PackedBatch, TokenTree
 from trainers.packing import check_leaf_advantages, pack
 from trainers.settings import is_sequence_level
+from treepo.advantages import leaf_num_tokens
 from treepo.base.keys import Purpose, root_key, uniform
 from treepo.config import TrainConfig, strategy_settings
 from treepo.data import Problem
-from treepo.step_metrics import response_lengths
 from treepo.text import Decoder
 
 
@@ -49,7 +49,7 @@ def reward_items(tree: Tree, problem: Problem, decoder: Decoder) -> list[RewardI
             num_tokens=length,
             finish_reason=tree.segments[leaf].finish_reason,
         )
-        for leaf, length in zip(tree.leaves, response_lengths(tree), strict=True)
+        for leaf, length in zip(tree.leaves, leaf_num_tokens(tree).tolist(), strict=True)
     ]
 
 

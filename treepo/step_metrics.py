@@ -12,15 +12,7 @@ from rewards.pool import count_outcomes
 from rewards.records import RewardResult
 from rollout.metrics import CostLedger
 from rollout.tree import TRUNCATED, Tree
-
-
-def response_lengths(tree: Tree) -> list[int]:
-    """Sampled tokens on the path of each leaf."""
-    depth = [0] * len(tree.segments)
-    for index, segment in enumerate(tree.segments):
-        above = depth[segment.parent] if segment.parent >= 0 else 0
-        depth[index] = above + (segment.num_tokens if segment.sampled else 0)
-    return [depth[leaf] for leaf in tree.leaves]
+from treepo.advantages import leaf_num_tokens
 
 
 def rollout_metrics(trees: Sequence[Tree], ledger: CostLedger) -> dict[str, float]:
@@ -47,7 +39,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     ``tree/shared_token_ratio`` is the share of trajectory tokens that another trajectory of the
     same tree has already paid for: 1 - (tokens sampled) / (sum of the leaves' lengths).
     """
-    lengths = [length for tree in trees for length in response_lengths(tree)]
+    lengths = [int(length) for tree in trees for length in leaf_num_tokens(tree)]
     sampled = sum(s.num_tokens for tree in trees for s in tree.segments if s.sampled)
     total = sum(lengths)
     truncated = sum(
@@ -64,6 +56,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         ),
         "tree/branches": float(sum(tree.counters.branches for tree in trees)),
         "tree/fallbacks": float(sum(tree.counters.fallbacks for tree in trees)),
+        "tree/restarts": float(sum(tree.counters.restarts for tree in trees)),
     }
 
 

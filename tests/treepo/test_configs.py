@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rewards.records import RewardItem
+from rewards.registry import make_part
 from treepo.cli import compose, config_dir
-from treepo.config import TrainConfig
+from treepo.config import TrainConfig, strategy_settings
 from treepo.evaluate import EvaluateConfig
 from treepo.names import check_names
 from treepo.sft_settings import SFTSettings
@@ -20,6 +23,7 @@ GROUPS = ("model", "data", "rollout", "algorithm", "trainer", "reward", "cluster
 CHOICES = [f"{group}={p.stem}" for group in GROUPS for p in (CONFIGS / group).glob("*.yaml")]
 NEEDED = {
     "data=file": ["data.files=[rows.jsonl]"],
+    "+experiment=treepo_paper": ["data.files=[rows.jsonl]"],
     "reward=custom": ["reward.parts.custom.name=rewards.exact:make"],
 }
 
@@ -32,8 +36,9 @@ def check(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS - OF_SFT))
 def test_every_experiment_can_be_trained_and_evaluated(name):
-    check(compose("train", TrainConfig, [f"+experiment={name}"]))
-    check(compose("evaluate", EvaluateConfig, [f"+experiment={name}", "checkpoint=x"]))
+    words = [f"+experiment={name}", *NEEDED.get(f"+experiment={name}", [])]
+    check(compose("train", TrainConfig, words))
+    check(compose("evaluate", EvaluateConfig, [*words, "checkpoint=x"]))
 
 
 @pytest.mark.parametrize("name", sorted(OF_SFT))
@@ -70,3 +75,35 @@ def test_the_sizes_are_those_worked_out_by_hand():
     # 2 (K and V) x 3 layers x 2 heads x 32 x 4 bytes a token
     kv_bytes = 2 * 3 * 2 * 32 * 4 * config.engine.num_kv_slots
     assert sizes["KV pool"].startswith(f"{kv_bytes / 2**20:.1f} MiB")
+
+
+def test_the_paper_s_recipe_is_the_paper_s():
+    config = compose("train", TrainConfig, ["+experiment=treepo_paper", "data.files=[rows.jsonl]"])
+    _, rollout = strategy_settings(config)
+    assert (rollout.n, rollout.segment_length, rollout.max_depth) == (16, 512, 14)
+    assert (rollout.initial_divergence_min, rollout.initial_divergence_max) == (2, 8)
+    assert (rollout.branching, rollout.fallback) == ("even", "random")
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, 0)
+    assert rollout.max_response_length == 7168 and config.max_prompt_length == 1024
+
+    algorithm = config.algorithm
+    assert (algorithm.adv_estimator, algorithm.loss_weighting) == ("treepo", "token_mean")
+    assert (algorithm.filter_groups, algorithm.filter_groups_metric) == (True, "acc")
+    assert algorithm.max_num_gen_batches == 3
+
+    trainer, optimizer = config.trainer, config.trainer.learner.optimizer
+    assert (trainer.train_batch_size, trainer.ppo_mini_batch_size) == (512, 32)
+    assert (optimizer.lr, optimizer.lr_schedule, optimizer.lr_warmup_steps) == (
+        1e-6, "constant", 10,
+    )  # fmt: skip
+    assert (optimizer.weight_decay, optimizer.grad_clip) == (0.1, 1.0)
+    loss = trainer.learner.policy_loss
+    assert (loss.name, loss.kl_loss_coef, loss.entropy_coeff) == ("ppo_clip", 0.0, 0.0)
+    bounds = loss.bounds()
+    assert (bounds.low, bounds.high, bounds.dual) == (0.8, 1.28, 10.0)
+
+    part = make_part("length", config.reward.parts["length"].options)
+    item = RewardItem(data_source="", prompt="", solution_str="", ground_truth="")
+    lengths = {6656: 0.0, 6912: -0.5, 7168: -1.0}  # the buffer is the last 512 tokens
+    for num_tokens, value in lengths.items():
+        assert part(replace(item, num_tokens=num_tokens)).value == value

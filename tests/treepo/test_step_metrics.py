@@ -5,10 +5,12 @@ import pytest
 
 from rewards.records import ERROR, SCORED, TIMEOUT, UNPARSABLE, RewardResult
 from rollout.tree import EOS, TRUNCATED, Segment, Tree, TreeCounters
-from treepo.step_metrics import response_lengths, reward_metrics, tree_metrics
+from treepo.step_metrics import reward_metrics, tree_metrics
 
 
-def segment(parent: int, level: int, num_tokens: int, reason: str = "") -> Segment:
+def segment(
+    parent: int, level: int, num_tokens: int, reason: str = "", forced: bool = False
+) -> Segment:
     zeros = np.zeros(num_tokens, np.float32)
     return Segment(
         parent=parent,
@@ -17,7 +19,7 @@ def segment(parent: int, level: int, num_tokens: int, reason: str = "") -> Segme
         token_ids=np.zeros(num_tokens, np.int32),
         logprobs=zeros,
         sampling_logprobs=zeros,
-        sampled=parent >= 0,
+        sampled=parent >= 0 and not forced,
         policy_version=0,
         finish_reason=reason,
     )
@@ -26,18 +28,19 @@ def segment(parent: int, level: int, num_tokens: int, reason: str = "") -> Segme
 @pytest.fixture
 def tree() -> Tree:
     """A prompt of 5 tokens; a segment of 4 below it; leaves of 3 and 0 tokens below that, and one
-    of 2 tokens at the prompt.
+    of 2 tokens at the prompt, below one of 6 forced tokens.
     """
     segments = (
         segment(-1, 0, 5),
         segment(0, 1, 4),
         segment(1, 2, 3, EOS),
         segment(1, 2, 0, TRUNCATED),
-        segment(0, 1, 2, EOS),
+        segment(0, 1, 6, forced=True),
+        segment(4, 1, 2, EOS),
     )
-    counters = TreeCounters(branches=3, fallbacks=1)
+    counters = TreeCounters(branches=3, fallbacks=5, restarts=2)
     return Tree(
-        problem_id="p", segments=segments, leaves=(2, 3, 4), temperature=1.0, counters=counters
+        problem_id="p", segments=segments, leaves=(2, 3, 5), temperature=1.0, counters=counters
     )
 
 
@@ -45,18 +48,15 @@ def verdict(score: float, outcome: str = SCORED, correct: bool = False) -> Rewar
     return RewardResult(score=score, parts={"auto": score}, outcome=outcome, correct=correct)
 
 
-def test_response_lengths_count_sampled_tokens_on_each_path(tree):
-    assert response_lengths(tree) == [7, 4, 2]
-
-
-def test_tree_metrics_equal_the_numbers_worked_out_by_hand(tree):
+def test_tree_metrics_equal_the_numbers_worked_out_by_hand_over_sampled_tokens(tree):
     metrics = tree_metrics([tree])
     assert metrics["response_length/mean"] == pytest.approx(13 / 3)
     assert metrics["response_length/max"] == 7
     assert metrics["response_length/clip_ratio"] == pytest.approx(1 / 3)
     assert metrics["tree/shared_token_ratio"] == pytest.approx(1 - 9 / 13)
     assert (metrics["tree/width"], metrics["tree/depth"]) == (3, 2)
-    assert (metrics["tree/branches"], metrics["tree/fallbacks"]) == (3, 1)
+    assert (metrics["tree/branches"], metrics["tree/fallbacks"]) == (3, 5)
+    assert metrics["tree/restarts"] == 2
 
 
 def test_failed_verdicts_are_counted_and_stay_out_of_the_means():
