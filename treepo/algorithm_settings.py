@@ -106,29 +106,30 @@ class AdvantageSettings:
         self._choice("loss_weighting", LOSS_WEIGHTINGS)
         self._choice("filter_groups_metric", FILTER_METRICS)
         if not self.adv_eps > 0:
-            raise ValueError(f"adv_eps={self.adv_eps!r}: it must be > 0, such as 1e-6")
+            raise ValueError(f"algorithm.adv_eps={self.adv_eps!r}: it must be > 0, such as 1e-6")
         self._check_normalisation()
         if not self.treerl_sqrt_leaves and self.adv_estimator != "treerl":
             raise ValueError(
-                f"treerl_sqrt_leaves=False is not used by adv_estimator={self.adv_estimator!r}: "
-                "leave it out, or choose adv_estimator='treerl'"
+                "algorithm.treerl_sqrt_leaves=False is not used by algorithm.adv_estimator="
+                f"{self.adv_estimator!r}: leave it out, or choose algorithm.adv_estimator='treerl'"
             )
         if self.adv_estimator == "dr_grpo" and self.loss_weighting == "sequence_mean":
             raise ValueError(
-                "loss_weighting='sequence_mean' divides by each response's length, which "
-                "adv_estimator='dr_grpo' is there to avoid: set loss_weighting='fixed_length' (as "
-                "the paper) or 'token_mean', or choose adv_estimator='grpo'"
+                "algorithm.loss_weighting='sequence_mean' divides by each response's length, which "
+                "algorithm.adv_estimator='dr_grpo' is there to avoid: set algorithm.loss_weighting="
+                "'fixed_length' (as the paper) or 'token_mean', or choose "
+                "algorithm.adv_estimator='grpo'"
             )
         if self.max_num_gen_batches < 1:
             raise ValueError(
-                f"max_num_gen_batches={self.max_num_gen_batches!r}: it must be >= 1 (1: no further "
-                "batches)"
+                f"algorithm.max_num_gen_batches={self.max_num_gen_batches!r}: it must be >= 1 "
+                "(1: no further batches)"
             )
         if self.max_num_gen_batches > 1 and not self.filter_groups:
             raise ValueError(
-                f"max_num_gen_batches={self.max_num_gen_batches} is not used with "
-                "filter_groups=False, under which no prompt is replaced: set filter_groups=True, "
-                "or leave it out"
+                f"algorithm.max_num_gen_batches={self.max_num_gen_batches} is not used with "
+                "algorithm.filter_groups=False, under which no prompt is replaced: set "
+                "algorithm.filter_groups=True, or leave it out"
             )
 
     @property
@@ -146,26 +147,31 @@ class AdvantageSettings:
         traits = self._traits
         if self.normalisation not in ("auto", *traits.uses):
             raise ValueError(
-                f"normalisation={self.normalisation!r} is not used by adv_estimator="
-                f"{self.adv_estimator!r}: choose {' or '.join(map(repr, traits.uses))}, or leave "
-                f"it at 'auto', which is {traits.auto!r}"
+                f"algorithm.normalisation={self.normalisation!r} is not used by "
+                f"algorithm.adv_estimator={self.adv_estimator!r}: choose "
+                f"{' or '.join(map(repr, traits.uses))}, or leave it at 'auto', which is "
+                f"{traits.auto!r}"
             )
         if self.norm_adv_by_std_in_grpo:
             return
         if self.adv_estimator in ESTIMATOR_TRAITS and self.adv_estimator != "grpo":
-            instead = " and set normalisation='none' instead" if "none" in traits.uses else ""
+            instead = ""
+            if "none" in traits.uses:
+                instead = " and set algorithm.normalisation='none' instead"
             raise ValueError(
-                f"norm_adv_by_std_in_grpo=False is not used by adv_estimator="
-                f"{self.adv_estimator!r}: leave it out{instead}, or choose adv_estimator='grpo'"
+                "algorithm.norm_adv_by_std_in_grpo=False is not used by algorithm.adv_estimator="
+                f"{self.adv_estimator!r}: leave it out{instead}, or choose "
+                "algorithm.adv_estimator='grpo'"
             )
         if self.normalisation not in ("auto", "tree", "none"):
             raise ValueError(
-                f"norm_adv_by_std_in_grpo=False leaves no use for normalisation="
+                "algorithm.norm_adv_by_std_in_grpo=False leaves no use for algorithm.normalisation="
                 f"{self.normalisation!r}: drop one of them"
             )
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise ValueError(
-                f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
+                f"algorithm.{name}={getattr(self, name)!r} is unknown; choose one of "
+                f"{', '.join(allowed)}"
             )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -65,6 +66,13 @@ def run_command(name: str, schema: type[C], work: Callable[[C, bool], None]) -> 
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(task)()
 
 
+def typed_overrides() -> list[str]:
+    """What was typed after the command that is running; nothing where a config was composed by
+    :func:`compose`.
+    """
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def compose(name: str, schema: type[C], overrides: list[str]) -> C:
     """The config that ``python -m treepo.<name> <overrides>`` would run with, for tests and
     notebooks.
@@ -109,14 +117,16 @@ def settings_from(schema: type[C], values: dict[str, Any], *, where: str) -> C:
     lists the keys.
 
     Args:
-        where: the config key that holds ``values``, for the message.
+        where: the config key that holds ``values``, for the message; more words may follow it.
     """
     known = OmegaConf.structured(schema)
-    unknown = [key for key in values if key not in known]
+    unknown = [name for name in values if name not in known]
     if unknown:
+        key = where.partition(" ")[0]
         raise ValueError(
             f"{where}: {', '.join(map(repr, unknown))} is not used by this choice; "
-            f"it knows {', '.join(map(str, known))}"
+            f"it knows {', '.join(map(str, known))}. Leave out what you added; take out what an "
+            f"experiment sets with {' '.join(f'~{key}.{name}' for name in unknown)}"
         )
     try:
         merged = OmegaConf.merge(known, OmegaConf.create(values))

@@ -255,9 +255,26 @@ def resolve_model_path(path: str) -> str:
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise ValueError(f"model.path={path!r}: the folder has no weights (*.safetensors)")
         return str(folder)
+    return _hub_name(path, "model.path")
+
+
+def resolve_tokenizer_path(path: str, *, field_name: str) -> str:
+    """Folder of a tokenizer, which needs no model beside it, or its name on the Hub;
+    ``asset:NAME`` is that of a model shipped with the package.
+
+    Raises:
+        ValueError: no such asset, or a path that does not exist.
+    """
+    if path.startswith(ASSET_PREFIX):
+        return resolve_model_path(path)
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else _hub_name(path, field_name)
+
+
+def _hub_name(path: str, field_name: str) -> str:
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model.path={path!r}: no such folder (from {Path.cwd()})")
-    return path  # a Hub name
+        raise ValueError(f"{field_name}={path!r}: no such folder (from {Path.cwd()})")
+    return path
 
 
 def learner_settings(config: TrainConfig) -> LearnerSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treepo.checkpoint import latest_checkpoint, read_state
-from treepo.cli import differing_keys, to_yaml
+from treepo.cli import differing_keys, to_yaml, typed_overrides
 from treepo.config import TrainConfig
 from treepo.progress import Progress, quiet_libraries, show_summary
 from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_run, point_latest_at
@@ -55,6 +55,7 @@ def train(config: TrainConfig) -> RunFolder:
         seconds=summary["seconds"],
         run=run.path,
         export=run.export,
+        overrides=typed_overrides(),
     )
     return run
 

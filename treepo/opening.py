@@ -13,9 +13,18 @@ from typing import Any
 import numpy as np
 
 from rewards.pool import RewardPool
+from rollout.strategies.base import STRATEGIES
+from rollout.strategies.finish import BoxedAnswer
+from rollout.strategies.settings import TreePOSettings
 from treepo.checkpoint import RunState, read_state
 from treepo.cluster import Cluster, check_resources, local_resources
-from treepo.config import TrainConfig, learner_settings, resolve_model_path, strategy_settings
+from treepo.config import (
+    TrainConfig,
+    learner_settings,
+    resolve_model_path,
+    resolve_tokenizer_path,
+    strategy_settings,
+)
 from treepo.data import Problem, ProblemOrder, load_problems
 from treepo.held_out import load_splits
 from treepo.hub import local_model
@@ -34,7 +43,8 @@ class Inputs:
 
     Attributes:
         model_path: a local folder.
-        strategy: the rollout strategy's name and settings, stop tokens filled in.
+        strategy: the rollout strategy's name and settings, stop tokens and the tokenizer of
+            boxed answers filled in.
         splits: held-out problems by name.
     """
 
@@ -61,6 +71,9 @@ def load_inputs(config: TrainConfig) -> Inputs:
     name, settings = strategy_settings(config)
     if not settings.stop_token_ids:
         settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
+    if isinstance(settings, TreePOSettings):
+        settings = with_answer_source(settings, config.model.tokenizer or model_path)
+    STRATEGIES.get(name)(settings)  # its rules and user code can be loaded
     batch = config.trainer.train_batch_size
     if batch > len(problems):
         raise ValueError(
@@ -74,6 +87,22 @@ def load_inputs(config: TrainConfig) -> Inputs:
         problems=problems,
         splits=load_splits(config, tokenizer, problems),
     )
+
+
+def with_answer_source(settings: TreePOSettings, model_tokenizer: str) -> TreePOSettings:
+    r"""Settings whose answer detectors work in every process: the tokenizer that ``\boxed{...}`` is
+    read with becomes a folder, or a Hub name; where nothing says how answers are seen, it is
+    ``model_tokenizer``.
+
+    Raises:
+        ValueError: no tokenizer can be loaded.
+    """
+    path = model_tokenizer if settings.lacks_answer_source else settings.answer_tokenizer
+    if not path:
+        return settings
+    path = resolve_tokenizer_path(path, field_name="rollout.answer_tokenizer")
+    BoxedAnswer(path).load()
+    return replace(settings, answer_tokenizer=path)
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -189,12 +190,15 @@ def show_summary(
     seconds: float,
     run: Path,
     export: Path | None = None,
+    overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """The end of a run: scores before and after, where the model is, how to look deeper.
 
     Args:
         before: name -> score of 0..1; may lack what ``after`` has, and the other way round.
+        overrides: what the run was started with; an evaluation with the same has the same problems
+            and settings. Empty: none is suggested.
     """
     console = console or Console()
     table = Table(title=f"Held-out accuracy, after {clock_time(seconds)}", title_justify="left")
@@ -214,11 +218,10 @@ def show_summary(
     lines = [f"Run          {run}"]
     if export is not None:
         lines.append(f"Model        {export}  (loads with transformers' from_pretrained)")
-    lines += [
-        f"Look deeper  python -m treepo.report run={run}",
-        f"Try again    python -m treepo.evaluate checkpoint={export or run} "
-        f"+experiment={run.parent.name}",
-    ]
+    lines.append(f"Look deeper  python -m treepo.report run={run}")
+    if overrides and after:
+        words = shlex.join([f"checkpoint={export or run}", *overrides])
+        lines.append(f"Try again    python -m treepo.evaluate {words}")
     for text in lines:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -98,11 +98,27 @@ class BoxedAnswer:
         self._loaded: Any = None
 
     def __call__(self, token_ids: np.ndarray) -> bool:
-        if self._loaded is None:
-            from transformers import AutoTokenizer
-
-            self._loaded = AutoTokenizer.from_pretrained(self.tokenizer)
+        self.load()
         return has_complete_box(self._loaded.decode(token_ids.tolist()))
+
+    def load(self) -> None:
+        """Load the tokenizer, unless it is.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if self._loaded is not None:
+            return
+        from transformers import AutoTokenizer
+
+        try:
+            self._loaded = AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"rollout.answer_tokenizer={self.tokenizer!r}: no tokenizer can be loaded from "
+                f"it: {error}. Name a folder or a Hub name, leave it empty for the model's own, "
+                "or set rollout.answer_token_ids or rollout.answer_detector"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.tokenizer,)
@@ -119,12 +135,13 @@ def answer_detectors(settings: TreePOSettings) -> list[AnswerDetector]:
         sequences = [list(sequence) for sequence in settings.answer_token_ids]
         detectors.append(partial(contains_any, sequences=sequences))
     if settings.answer_detector:
-        detectors.append(load_object(settings.answer_detector, kind="answer detector"))
+        detectors.append(load_object(settings.answer_detector, kind="rollout.answer_detector"))
     if settings.answer_tokenizer:
         detectors.append(BoxedAnswer(settings.answer_tokenizer))
-    if settings.finish != "eos" and not detectors:
+    if settings.lacks_answer_source:
         raise ValueError(
-            f"finish={settings.finish!r} needs a way to see answers: set answer_tokenizer (looks "
-            "for \\boxed{...} in the text), answer_token_ids or answer_detector, or finish='eos'"
+            f"rollout.finish={settings.finish!r} needs a way to see answers: set "
+            "rollout.answer_tokenizer (looks for \\boxed{...} in the text), "
+            "rollout.answer_token_ids or rollout.answer_detector, or rollout.finish=eos"
         )
     return detectors

@@ -14,9 +14,11 @@ from rollout.strategies.rule_settings import (
     PAPER_TEMPERATURES,
     SOFTMAX_BLOCK,
 )
+from treepo.base.registry import check_spec
 from treepo.base.typed import check_types
 
 FINISH_POLICIES = ("eos", "boxed_and_eos", "boxed_as_eos")
+ANSWER_SOURCES = ("answer_token_ids", "answer_detector", "answer_tokenizer")
 NO_FALLBACK = "none"
 _BLOCK_CUTS = ("block_softmax", "block_softmax_inverse", "misaligned")
 
@@ -42,7 +44,7 @@ class SamplingSettings:
     stop_strings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_types(self, f"{type(self).__name__}:")
+        check_types(self, "rollout.")
         self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all tokens)")
@@ -68,16 +70,14 @@ class SamplingSettings:
             banned = [token for token in sequence if token in self.ban_token_ids]
             if banned:
                 raise ValueError(
-                    f"{type(self).__name__}.ban_token_ids={self.ban_token_ids}: token {banned[0]} "
+                    f"rollout.ban_token_ids={self.ban_token_ids}: token {banned[0]} "
                     f"is part of the stop sequence {sequence}, which could never be drawn: take it "
                     "off one of the lists"
                 )
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
-            raise ValueError(
-                f"{type(self).__name__}.{name}={getattr(self, name)!r}: it must be {allowed}"
-            )
+            raise ValueError(f"rollout.{name}={getattr(self, name)!r}: it must be {allowed}")
 
 
 @dataclass
@@ -126,7 +126,8 @@ class TreePOSettings(SamplingSettings):
     # 'eos': a path ends at a stop token. 'boxed_and_eos': the same, and a leaf that holds an answer
     # is recorded as 'answer'. 'boxed_as_eos': an answer ends the path with its segment.
     finish: str = "eos"
-    # where the finish policy looks for an answer, in the whole response; any one suffices:
+    # where the finish policy looks for an answer, in the whole response; any one suffices, and
+    # without any, training looks for \boxed{...} in the text of the model's own tokenizer:
     # token sequences, one of which an answer always contains (such as those of "</answer>")
     answer_token_ids: list[list[int]] = field(default_factory=list)
     answer_detector: str = ""  # your own 'module:function' of the response's token ids -> bool
@@ -165,24 +166,26 @@ class TreePOSettings(SamplingSettings):
         self._require(
             "segment_length",
             self.segment_length <= self.max_response_length,
-            f"<= max_response_length={self.max_response_length}",
+            f"<= rollout.max_response_length={self.max_response_length}",
         )
         reach = self.segment_length * self.max_depth
         if reach < self.max_response_length:
             depth = -(-self.max_response_length // self.segment_length)
             raise ValueError(
-                f"segment_length={self.segment_length} x max_depth={self.max_depth} ends every "
-                f"response at {reach} tokens, before max_response_length="
-                f"{self.max_response_length}: set max_depth={depth}, longer segments, or "
-                f"max_response_length={reach}"
+                f"rollout.segment_length={self.segment_length} x rollout.max_depth="
+                f"{self.max_depth} ends every response at {reach} tokens, before "
+                f"rollout.max_response_length={self.max_response_length}: set "
+                f"rollout.max_depth={depth}, longer segments, or "
+                f"rollout.max_response_length={reach}"
             )
 
     def _check_divergence(self) -> None:
         low, high = self.initial_divergence_min, self.initial_divergence_max
         if not low <= high <= self.n:
             raise ValueError(
-                f"initial_divergence_min={low} and initial_divergence_max={high} must satisfy "
-                f"min <= max <= n={self.n}: lower initial_divergence_max or raise n"
+                f"rollout.initial_divergence_min={low} and rollout.initial_divergence_max={high} "
+                f"must satisfy min <= max <= rollout.n={self.n}: lower "
+                "rollout.initial_divergence_max or raise rollout.n"
             )
 
     def _check_branching(self) -> None:
@@ -191,13 +194,13 @@ class TreePOSettings(SamplingSettings):
         BRANCHING_SCHEDULES.check(self.branching_schedule)
         if self.branching in ("even", "entropy"):
             self._unused(
-                ["branching_score"], f"branching={self.branching!r}",
-                "branching=low_logprob or high_logprob",
+                ["branching_score"], f"rollout.branching={self.branching!r}",
+                "rollout.branching=low_logprob or high_logprob",
             )  # fmt: skip
         if self.branching == "even":
             self._unused(
-                ["branching_schedule", "branching_temperature"], "branching='even'",
-                "branching=low_logprob, high_logprob or entropy",
+                ["branching_schedule", "branching_temperature"], "rollout.branching='even'",
+                "rollout.branching=low_logprob, high_logprob or entropy",
             )  # fmt: skip
         self._require(
             "branching_temperature", all(t > 0 for t in self.branching_temperature), "> 0"
@@ -207,61 +210,66 @@ class TreePOSettings(SamplingSettings):
             self._require(
                 "branching_temperature",
                 len(self.branching_temperature) == len(papers),
-                f"{len(papers)} numbers for branching_schedule={self.branching_schedule!r}, such "
-                f"as {papers} (linear takes [first, last], sinusoidal [ends, middle])",
+                f"{len(papers)} numbers for rollout.branching_schedule="
+                f"{self.branching_schedule!r}, such as {papers} "
+                "(linear takes [first, last], sinusoidal [ends, middle])",
             )
 
     def _check_budget(self) -> None:
         BUDGETS.check(self.budget)
         self._require("budget_tokens", self.budget_tokens >= 0, ">= 0")
-        self._require("budget_min_n", 1 <= self.budget_min_n <= self.n, f"in 1..n={self.n}")
+        self._require("budget_min_n", 1 <= self.budget_min_n <= self.n, f"in 1..rollout.n={self.n}")
         if self.budget == "width":
             self._unused(
-                ["budget_tokens", "budget_min_n"], "budget='width'",
-                "budget=level_tokens or response_tokens",
+                ["budget_tokens", "budget_min_n"], "rollout.budget='width'",
+                "rollout.budget=level_tokens or response_tokens",
             )  # fmt: skip
         elif self.budget == "level_tokens":
-            self._unused(["budget_min_n"], "budget='level_tokens'", "budget=response_tokens")
+            self._unused(
+                ["budget_min_n"], "rollout.budget='level_tokens'", "rollout.budget=response_tokens"
+            )
             first = self.segment_length * self.initial_divergence_max
             self._require(
                 "budget_tokens", self.budget_tokens >= first,
-                f">= {first} for budget='level_tokens': a segment for each of "
-                f"initial_divergence_max={self.initial_divergence_max} paths",
+                f">= {first} for rollout.budget='level_tokens': a segment for each of "
+                f"rollout.initial_divergence_max={self.initial_divergence_max} paths",
             )  # fmt: skip
         elif self.budget == "response_tokens":
             self._require(
-                "budget_tokens", self.budget_tokens >= 1, ">= 1 for budget='response_tokens'"
-            )
+                "budget_tokens", self.budget_tokens >= 1,
+                ">= 1 for rollout.budget='response_tokens'",
+            )  # fmt: skip
 
     def _check_fallback(self) -> None:
         self._require("fallback_block_length", self.fallback_block_length >= 0, ">= 0")
         FALLBACK_CUTS.check(self.fallback_cut)
         if self.fallback == NO_FALLBACK:
             self._unused(
-                ["fallback_cut", "fallback_block_length"], "fallback='none'",
-                f"fallback={', '.join(FALLBACKS)}",
+                ["fallback_cut", "fallback_block_length"], "rollout.fallback='none'",
+                f"rollout.fallback={', '.join(FALLBACKS)}",
             )  # fmt: skip
             return
-        FALLBACKS.check(self.fallback)
+        FALLBACKS.check(self.fallback, besides=[NO_FALLBACK])
         if self.fallback_cut not in _BLOCK_CUTS:
             if self.fallback_cut in FALLBACK_CUTS:
                 self._unused(
-                    ["fallback_block_length"], f"fallback_cut={self.fallback_cut!r}",
-                    f"fallback_cut={', '.join(_BLOCK_CUTS)}",
+                    ["fallback_block_length"], f"rollout.fallback_cut={self.fallback_cut!r}",
+                    f"rollout.fallback_cut={', '.join(_BLOCK_CUTS)}",
                 )  # fmt: skip
             return
         block = self.block_length()
         if block >= self.max_response_length:
             raise ValueError(
-                f"fallback_block_length={block} is not less than max_response_length="
-                f"{self.max_response_length}: every cut would be at the prompt; choose shorter "
-                "blocks, or fallback_cut=from_start if that is what you want"
+                f"rollout.fallback_block_length={block} is not less than "
+                f"rollout.max_response_length={self.max_response_length}: every cut would be at "
+                "the prompt; choose shorter blocks, or "
+                "rollout.fallback_cut=from_start if that is what you want"
             )
         if self.fallback_cut == "misaligned" and block % self.segment_length == 0:
             raise ValueError(
-                f"fallback_block_length={block} is a multiple of segment_length="
+                f"rollout.fallback_block_length={block} is a multiple of rollout.segment_length="
                 f"{self.segment_length}: these cuts are not misaligned; choose another block, or "
-                "fallback_cut=segment"
+                "rollout.fallback_cut=segment"
             )
 
     def _unused(self, names: list[str], choice: str, better: str) -> None:
@@ -271,21 +279,24 @@ class TreePOSettings(SamplingSettings):
             plain = [] if default.default is MISSING else default.default
             if getattr(self, name) != plain:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} would not be used with {choice}: choose "
-                    f"{better}, or leave it out"
+                    f"rollout.{name}={getattr(self, name)!r} would not be used with {choice}: "
+                    f"choose {better}, or leave it out"
                 )
 
     def _check_answer(self) -> None:
         self._require(
             "answer_token_ids", all(map(len, self.answer_token_ids)), "sequences of >= 1 tokens"
         )
-        sources = [
-            name
-            for name in ("answer_token_ids", "answer_detector", "answer_tokenizer")
-            if getattr(self, name)
-        ]
+        if self.answer_detector:
+            check_spec(self.answer_detector, kind="rollout.answer_detector")
+        sources = [f"rollout.{name}" for name in ANSWER_SOURCES if getattr(self, name)]
         if self.finish == "eos" and sources:
             raise ValueError(
-                f"{' and '.join(sources)} would not be used with finish='eos': choose "
-                "finish='boxed_and_eos' or 'boxed_as_eos', or leave them out"
+                f"{' and '.join(sources)} would not be used with rollout.finish='eos': choose "
+                "rollout.finish=boxed_and_eos or boxed_as_eos, or leave them out"
             )
+
+    @property
+    def lacks_answer_source(self) -> bool:
+        """Whether the finish policy needs to see answers and nothing says how."""
+        return self.finish != "eos" and not any(getattr(self, name) for name in ANSWER_SOURCES)

@@ -13,10 +13,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def rollouts() -> dict[str, dict]:
     """The rollout group's files, and what each experiment makes of them."""
-    groups = {
-        file.stem: OmegaConf.to_container(OmegaConf.load(file))
-        for file in sorted((CONFIGS / "rollout").glob("*.yaml"))
-    }
+    groups = {file.stem: group(file.stem) for file in sorted((CONFIGS / "rollout").glob("*.yaml"))}
     found = dict(groups)
     for file in sorted((CONFIGS / "experiment").glob("*.yaml")):
         experiment = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -29,6 +26,15 @@ def rollouts() -> dict[str, dict]:
             base = groups[choice or (changes or {}).get("strategy", "treepo")]
             found[f"experiment {file.stem}"] = {**base, **(changes or {})}
     return found
+
+
+def group(name: str) -> dict:
+    """A file of the rollout group, with what it takes from the files that it names."""
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "rollout" / f"{name}.yaml"))
+    found: dict = {}
+    for base in values.pop("defaults", []):
+        found.update({} if base == "_self_" else group(base))
+    return {**found, **values}
 
 
 ROLLOUTS = rollouts()

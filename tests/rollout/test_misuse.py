@@ -277,7 +277,7 @@ def test_settings_of_wrong_types_name_field_and_value():
         (lambda: EngineSettings(share_prefixes="False"), "share_prefixes='False': .*True or False"),
         (lambda: EngineSettings(num_kv_slots=float("nan")), "num_kv_slots=nan: .*an integer"),
         (lambda: EngineSettings(max_tokens_per_step=64.5), "max_tokens_per_step=64.5: .*an int"),
-        (lambda: FlatSettings(n=1.5), "FlatSettings.*n=1.5: it must be an integer"),
+        (lambda: FlatSettings(n=1.5), "^rollout.n=1.5: it must be an integer"),
         (lambda: FlatSettings(stop_strings="ab"), "stop_strings='ab': .*list of strings"),
         (lambda: TreePOSettings(max_depth=4.5), "max_depth=4.5: it must be an integer"),
         (lambda: TreePOSettings(answer_token_ids=[[1.5]]), "answer_token_ids=.*: it must be"),

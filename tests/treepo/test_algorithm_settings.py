@@ -20,35 +20,39 @@ from treepo.names import check_names
         (dict(normalisation="std"), "normalisation='std'.*auto, tree, batch, leaves, tokens"),
         (dict(loss_weighting="token"), "loss_weighting='token'.*token_mean"),
         (dict(filter_groups_metric="accuracy"), "filter_groups_metric='accuracy'.*acc"),
-        (dict(adv_eps=0.0), "adv_eps=0.0"),
+        (dict(adv_eps=0.0), "^algorithm.adv_eps=0.0"),
         (dict(norm_adv_by_std_in_grpo=False), "treepo.*normalisation='none'.*'grpo'"),
         (
             dict(norm_adv_by_std_in_grpo=False, adv_estimator="rloo"),
-            "not used by adv_estimator='rloo': leave it out and set normalisation='none'",
+            "not used by algorithm.adv_estimator='rloo': leave it out and set "
+            "algorithm.normalisation='none'",
         ),
         (
             dict(norm_adv_by_std_in_grpo=False, adv_estimator="reinforce_pp"),
-            "leave it out, or choose adv_estimator='grpo'",
+            "leave it out, or choose algorithm.adv_estimator='grpo'",
         ),
         (
             dict(norm_adv_by_std_in_grpo=False, adv_estimator="grpo", normalisation="batch"),
-            "no use for normalisation='batch'",
+            "no use for algorithm.normalisation='batch'",
         ),
         (
             dict(adv_estimator="dr_grpo", normalisation="tree"),
-            "'tree' is not used by adv_estimator='dr_grpo': choose 'none', or leave it at 'auto'",
+            "'tree' is not used by algorithm.adv_estimator='dr_grpo': choose 'none', or leave",
         ),
         (
             dict(adv_estimator="reinforce_pp", normalisation="tree"),
             "choose 'leaves' or 'batch' or 'tokens' or 'release'.*'auto', which is 'leaves'",
         ),
-        (dict(adv_estimator="spo", normalisation="leaves"), "not used by adv_estimator='spo'"),
+        (
+            dict(adv_estimator="spo", normalisation="leaves"),
+            "not used by algorithm.adv_estimator='spo'",
+        ),
         (dict(adv_estimator="tree_grpo", normalisation="batch"), "choose 'tree' or 'none'"),
         (
             dict(adv_estimator="dr_grpo", loss_weighting="sequence_mean"),
             "loss_weighting='fixed_length'.*'token_mean'.*adv_estimator='grpo'",
         ),
-        (dict(treerl_sqrt_leaves=False), "not used by adv_estimator='treepo'.*'treerl'"),
+        (dict(treerl_sqrt_leaves=False), "not used by algorithm.adv_estimator='treepo'.*'treerl'"),
         (dict(max_num_gen_batches=0), "max_num_gen_batches=0.*>= 1"),
         (dict(max_num_gen_batches=3), "filter_groups=True"),
     ],
@@ -77,7 +81,9 @@ def test_every_estimator_takes_its_normalisations_and_refuses_the_others(estimat
         if normalisation in ("auto", *uses):
             AdvantageSettings(**settings)
         else:
-            with pytest.raises(ValueError, match=f"not used by adv_estimator='{estimator}'"):
+            with pytest.raises(
+                ValueError, match=f"not used by algorithm.adv_estimator='{estimator}'"
+            ):
                 AdvantageSettings(**settings)
 
 

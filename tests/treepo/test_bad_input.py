@@ -33,7 +33,10 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("cluster.num_learner_ranks=3", "never have a tree"),
         ("cluster.weight_transport=nccl", "weight_transport='nccl'.*object_store or group"),
         ("cluster.weight_timeout_seconds=0", "weight_timeout_seconds=0.*> 0"),
-        ("rollout.segment_length=4", "segment_length=4 x max_depth=11.*max_depth=16"),
+        (
+            "rollout.segment_length=4",
+            "segment_length=4 x rollout.max_depth=11.*rollout.max_depth=16",
+        ),
         ("engine.num_kv_slots=100", "cannot hold one path of 128 tokens"),
         ("trainer.learner.max_tokens_per_micro_batch=256", "largest tree of 320 tokens"),
         ("model.path=no/such/folder", "no such folder"),
@@ -41,7 +44,7 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("experiment_name=a/b", "folder name"),
         ("+trainer.total_step=9", "unknown key trainer.total_step: trainer knows.*total_steps"),
         ("+experiment_nam=x", "unknown key experiment_nam: the configuration knows"),
-        ("reward.parts.reasoning_gym.name=nowhere.py:f", "there is no file nowhere.py"),
+        ("reward.parts.reasoning_gym.name=nowhere.py:f", "reward file 'nowhere.py' does not exist"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, message):

@@ -110,6 +110,7 @@ def test_the_summary_shows_before_after_and_where_to_go_on() -> None:
         seconds=240,
         run=Path("outputs/adding/1"),
         export=Path("outputs/adding/1/export"),
+        overrides=["+experiment=quickstart", "experiment_name=adding", "data.files=[a, b]"],
         console=console,
     )
     text = console.file.getvalue()
@@ -117,7 +118,36 @@ def test_the_summary_shows_before_after_and_where_to_go_on() -> None:
     assert "0.440" in greedy and "0.910" in greedy and "+0.470" in greedy
     assert "4:00" in text
     assert "python -m treepo.report run=outputs/adding/1" in text
-    assert "python -m treepo.evaluate checkpoint=outputs/adding/1/export +experiment=adding" in text
+    again = "python -m treepo.evaluate checkpoint=outputs/adding/1/export "
+    assert again + "+experiment=quickstart experiment_name=adding 'data.files=[a, b]'" in text
+
+
+def test_the_summary_suggests_no_evaluation_that_could_not_run() -> None:
+    for after, overrides in (({}, ["+experiment=quickstart"]), ({"greedy": 0.5}, [])):
+        console, run = plain_console(), Path("outputs/adding/1")
+        show_summary(
+            before={}, after=after, seconds=1, run=run, overrides=overrides, console=console
+        )
+        assert "treepo.report" in console.file.getvalue()
+        assert "treepo.evaluate" not in console.file.getvalue()
+
+
+def test_what_was_typed_is_known_to_the_command_that_runs() -> None:
+    code = (
+        "from treepo.cli import run_command, typed_overrides\n"
+        "from treepo.config import TrainConfig\n"
+        "assert typed_overrides() == []\n"
+        "run_command('train', TrainConfig, lambda config, dry_run: print(typed_overrides()))\n"
+    )
+    words = ["+experiment=quickstart", "experiment_name=adding", "--dry-run", "rollout.n=8"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str([word for word in words if word != "--dry-run"])
 
 
 def test_quieted_libraries_speak_of_errors_only() -> None:

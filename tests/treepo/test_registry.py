@@ -51,6 +51,23 @@ def test_user_code_that_cannot_be_found_says_why(colours, spec, message):
         colours.get(spec)
 
 
+def test_a_check_looks_at_the_form_and_the_file_of_user_code_and_imports_nothing(colours, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("1 / 0\n")
+    colours.check(f"{file}:f")
+    colours.check("no_such_module_at_all:f")
+    with pytest.raises(ValueError, match="colour file 'nowhere.py' does not exist"):
+        colours.check("nowhere.py:f")
+    with pytest.raises(ValueError, match="colour 'nowhere.py:': expected 'module:function'"):
+        colours.check("nowhere.py:")
+
+
+def test_a_word_beside_the_entries_is_allowed_and_listed(colours):
+    colours.check("none", besides=["none"])
+    with pytest.raises(ValueError, match="Did you mean 'none'.*Known: green, none, red"):
+        colours.check("nune", besides=["none"])
+
+
 def test_a_missing_import_inside_user_code_is_not_hidden(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("import surely_not_installed_anywhere\n")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from training_runs import run
 
 from treepo.checkpoint import latest_checkpoint, read_state
-from treepo.cli import from_yaml
+from treepo.cli import compose, from_yaml
 from treepo.config import TrainConfig
+from treepo.evaluate import EvaluateConfig
 from treepo.tracking import read_rows
 
 
@@ -51,6 +53,16 @@ def test_the_summary_holds_scores_before_and_after_at_both_temperatures(finished
     assert set(summary["before"]) == set(summary["after"]) == names
     assert summary["finished"] and summary["seed"] == 0 and summary["steps"] == 3
     assert summary["seconds"] > 0 and summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_command_that_it_ends_with_evaluates_the_same_problems(finished):
+    folder, done = finished
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Try again")]
+    words = shlex.split(line)
+    assert words[2:6] == ["python", "-m", "treepo.evaluate", f"checkpoint={folder / 'export'}"]
+    config = compose("evaluate", EvaluateConfig, words[5:])
+    ran = from_yaml(folder / "config.yaml", TrainConfig)
+    assert config.evaluation == ran.evaluation and config.reward == ran.reward
 
 
 def documented_metrics() -> set[str]:

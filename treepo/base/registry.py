@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -70,16 +70,23 @@ class Registry(Generic[T]):
         self.check(name)
         raise AssertionError(name)  # check has raised
 
-    def check(self, name: str) -> None:
-        """Raise the ``ValueError`` of :meth:`get` for an unknown name, importing nothing; user code
-        (a name with a colon) passes.
+    def check(self, name: str, besides: Iterable[str] = ()) -> None:
+        """Raise the ``ValueError`` of :meth:`get` for an unknown name, importing nothing: of user
+        code (a name with a colon) it is checked that its file is there.
+
+        Args:
+            besides: words that are allowed too, though they name no entry.
         """
-        if name in self or ":" in name:
+        known = sorted({*self.names(), *besides})
+        if name in known:
             return
-        close = difflib.get_close_matches(name, self.names(), n=1)
+        if ":" in name:
+            check_spec(name, kind=self.kind)
+            return
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self.names()) or 'none'}. "
+            f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}. "
             "Your own code goes in as 'module:function' or 'path/to/file.py:function'."
         )
 
@@ -90,11 +97,7 @@ def load_object(spec: str, *, kind: str = "object") -> Any:
     Raises:
         ValueError: no such file, module or attribute; the message says which.
     """
-    where, _, attribute = spec.rpartition(":")
-    if not where or not attribute:
-        raise ValueError(
-            f"{kind} {spec!r}: expected 'module:function' or 'path/to/file.py:function'"
-        )
+    where, attribute = _split(spec, kind)
     module = _load_file(where, kind) if where.endswith(".py") else _load_module(where, kind)
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
@@ -103,6 +106,26 @@ def load_object(spec: str, *, kind: str = "object") -> Any:
             f"it has {', '.join(public[:20]) or 'nothing'}"
         )
     return getattr(module, attribute)
+
+
+def check_spec(spec: str, *, kind: str = "object") -> None:
+    """What can be known of ``spec`` without importing anything: its form, and that its file exists.
+
+    Raises:
+        ValueError: of :func:`load_object`.
+    """
+    where, _ = _split(spec, kind)
+    if where.endswith(".py"):
+        _find_file(where, kind)
+
+
+def _split(spec: str, kind: str) -> tuple[str, str]:
+    where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
+        raise ValueError(
+            f"{kind} {spec!r}: expected 'module:function' or 'path/to/file.py:function'"
+        )
+    return where, attribute
 
 
 def _load_module(name: str, kind: str) -> Any:
@@ -114,10 +137,15 @@ def _load_module(name: str, kind: str) -> Any:
         raise  # the user's module exists, and one of its own imports is missing
 
 
-def _load_file(path: str, kind: str) -> Any:
+def _find_file(path: str, kind: str) -> Path:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"{kind} file {path!r} does not exist (looked at {file})")
+    return file
+
+
+def _load_file(path: str, kind: str) -> Any:
+    file = _find_file(path, kind)
     # A stable name, so that records defined in the file can be pickled within a process that loaded
     # it too.
     digest = hashlib.blake2b(str(file).encode(), digest_size=4).hexdigest()

@@ -20,7 +20,8 @@ def check_types(record: Any, owner: str) -> None:
     other kinds are left alone.
 
     Args:
-        owner: what the error calls the record's fields, e.g. ``engine setting``.
+        owner: what the error calls the record's fields, e.g. ``engine setting``; one that ends
+            with a dot is a prefix, as ``rollout.``.
 
     Raises:
         ValueError: naming field and value.
@@ -34,7 +35,8 @@ def check_types(record: Any, owner: str) -> None:
         try:
             found = convert(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{owner} {field.name}={value!r}: it must be {words}") from error
+            name = f"{owner}{field.name}" if owner.endswith(".") else f"{owner} {field.name}"
+            raise ValueError(f"{name}={value!r}: it must be {words}") from error
         object.__setattr__(record, field.name, found)
 
 

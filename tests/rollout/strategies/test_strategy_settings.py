@@ -58,7 +58,7 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=-1.0), "^rollout.temperature=-1.0"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_k=-1), "top_k=-1"),
         (dict(min_p=1.0), "min_p=1.0"),
@@ -81,11 +81,24 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
         (dict(branching="evn"), "unknown branching rule 'evn'. Did you mean 'even'"),
         (dict(fallback="radom"), "unknown fallback chooser 'radom'. Did you mean 'random'"),
         (dict(fallback="random_segment"), "unknown fallback chooser 'random_segment'.*random"),
+        (
+            dict(fallback="nune"),
+            "'nune'. Did you mean 'none'. Known: finished_first, .*, none, ran",
+        ),
         (dict(branching_score="median"), "unknown branching score 'median'.*cumulative"),
         (dict(branching_score="mean"), "branching_score='mean'.*not be used.*=low_logprob or high"),
-        (dict(branching="entropy", branching_score="mean"), "not be used with branching='entropy'"),
-        (dict(branching_schedule="linear"), "branching_schedule.*not be used.*branching='even'"),
-        (dict(branching_temperature=[2.0]), "branching_temperature.*not be used.*branching='even'"),
+        (
+            dict(branching="entropy", branching_score="mean"),
+            "not be used with rollout.branching='entropy'",
+        ),
+        (
+            dict(branching_schedule="linear"),
+            "branching_schedule.*not be used.*rollout.branching='even'",
+        ),
+        (
+            dict(branching_temperature=[2.0]),
+            "branching_temperature.*not be used.*rollout.branching='even'",
+        ),
         (dict(LOW, branching_schedule="cosine"), "unknown branching schedule.*sinusoidal"),
         (dict(LOW, branching_temperature=[0.0]), "branching_temperature=.0.0.*> 0"),
         (dict(LOW, branching_temperature=[1.0, 2.0]), "must be 1 numbers for .*'constant'"),
@@ -94,36 +107,42 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
             "must be 2 numbers for .*'linear'.*first, last",
         ),
         (dict(budget="tokens"), "unknown budget rule 'tokens'.*level_tokens.*response_tokens"),
-        (dict(budget_tokens=99), "budget_tokens=99.*not be used with budget='width'"),
-        (dict(budget_min_n=2), "budget_min_n=2.*not be used with budget='width'"),
-        (dict(budget_min_n=17), "budget_min_n=17.*1..n=16"),
+        (dict(budget_tokens=99), "budget_tokens=99.*not be used with rollout.budget='width'"),
+        (dict(budget_min_n=2), "budget_min_n=2.*not be used with rollout.budget='width'"),
+        (dict(budget_min_n=17), "budget_min_n=17.*1..rollout.n=16"),
         (dict(budget="level_tokens"), "budget_tokens=0.*>= 16.*initial_divergence_max=2"),
         (
             dict(budget="level_tokens", budget_tokens=64, budget_min_n=2),
-            "budget_min_n=2.*not be used.*choose budget=response_tokens",
+            "budget_min_n=2.*not be used.*choose rollout.budget=",
         ),
         (dict(budget="response_tokens"), "budget_tokens=0.*>= 1"),
         (dict(fallback_cut="box"), "unknown fallback cut 'box'.*block_softmax"),
         (
             dict(fallback="none", fallback_cut="from_start"),
-            "fallback_cut='from_start' would not be used with fallback='none': choose fallback="
-            "finished_first, longer_first, random",
+            "fallback_cut='from_start' would not be used with rollout.fallback='none': choose "
+            "rollout.fallback=finished_first, longer_first, random",
         ),
-        (dict(fallback_block_length=4), "not be used with fallback_cut='segment'.*misaligned"),
+        (
+            dict(fallback_block_length=4),
+            "not be used with rollout.fallback_cut='segment'.*misaligned",
+        ),
         (dict(fallback_cut="misaligned", fallback_block_length=-1), "fallback_block_length=-1"),
         (
             dict(fallback_cut="misaligned", fallback_block_length=32),
-            "fallback_block_length=32 is not less than max_response_length=32.*from_start",
+            "fallback_block_length=32 is not less than rollout.max_response_length=32",
         ),
         (
             dict(fallback_cut="misaligned", fallback_block_length=16),
-            "multiple of segment_length=8.*fallback_cut=segment",
+            "multiple of rollout.segment_length=8.*rollout.fallback_cut=segment",
         ),
         (dict(finish="box"), "finish='box'.*boxed_as_eos"),
         (dict(repetition_count=1), "repetition_count=1"),
         (dict(repetition_ngram=0), "repetition_ngram=0"),
         (dict(answer_token_ids=[[]], finish="boxed_as_eos"), "answer_token_ids"),
-        (dict(answer_token_ids=[[5]]), "would not be used with finish='eos'"),
+        (dict(answer_detector="f", finish="boxed_as_eos"), "rollout.answer_detector 'f'.*expected"),
+        (dict(answer_detector="a.py:f", finish="boxed_as_eos"), "answer_detector file 'a.py' does"),
+        (dict(branching="nofile.py:f"), "branching rule file 'nofile.py' does not exist"),
+        (dict(answer_token_ids=[[5]]), "would not be used with rollout.finish='eos'"),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_what_is_allowed(changes, message):
@@ -133,7 +152,8 @@ def test_a_setting_out_of_range_is_named_with_what_is_allowed(changes, message):
 
 def test_a_finish_policy_that_cannot_see_answers_is_refused():
     settings = TreePOSettings(**SHORT, finish="boxed_as_eos")
-    with pytest.raises(ValueError, match="answer_tokenizer"):
+    assert settings.lacks_answer_source  # training gives it the model's own tokenizer
+    with pytest.raises(ValueError, match="rollout.answer_tokenizer"):
         TreePO(settings)
 
 
