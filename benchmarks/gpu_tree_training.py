@@ -34,6 +34,7 @@ from harness import (
 from tree_training import (
     AIM,
     FLAT,
+    MOST_NOISE,
     TREE,
     Workload,
     flat_rows,
@@ -50,6 +51,8 @@ from trainers.batch import PackedBatch, on_device
 from trainers.model import PolicyModel
 from trainers.packing import pack_row
 
+# Of gradients against flat's, over a parameter's largest: bfloat16 rounds to 1/256 at each layer.
+MOST_GRADIENT_ERROR = {"bfloat16": 5e-2, "float32": 1e-4}
 SHAPES = ("tiny", "0.5b", "1.5b")
 
 
@@ -231,6 +234,20 @@ def _report(
         )
         for name, work in works.items()
     ]
+    dtype = "bfloat16" if torch.device(choices.device).type == "cuda" else "float32"
+    overhead = {shape: 1 / by_name["1"].median for shape, by_name in speedups.items()}
+    gates += [
+        Gate(
+            name=f"time over flat without sharing, {largest}",
+            value=overhead[largest],
+            at_most=1 + MOST_NOISE,
+        ),
+        Gate(
+            name="gradient error",
+            value=max(one.gradient_error for of in found.values() for one in of.values()),
+            at_most=MOST_GRADIENT_ERROR[dtype],
+        ),
+    ]
     chosen = kernels(choices.device)
     return Report(
         name="gpu_tree_training",
@@ -238,7 +255,7 @@ def _report(
         settings={
             "quick": options.quick,
             "shapes": list(choices.shapes),
-            "dtype": "bfloat16" if torch.device(choices.device).type == "cuda" else "float32",
+            "dtype": dtype,
             "attention": chosen,
             "workloads": {
                 name: {"num_trees": work.num_trees, "levels": work.levels}
@@ -253,9 +270,7 @@ def _report(
             },
             "token_ratio": {name: work.token_ratio for name, work in works.items()},
             "pair_ratio": {name: work.flat_pairs / work.tree_pairs for name, work in works.items()},
-            "flat_overhead": {
-                shape: 1 / by_name["1"].median for shape, by_name in speedups.items()
-            },
+            "flat_overhead": overhead,
             "gradient_error": {
                 shape: {name: one.gradient_error for name, one in by_name.items()}
                 for shape, by_name in found.items()

@@ -14,6 +14,7 @@ paths ``w sum s_k``: their quotient is the token ratio.
 from __future__ import annotations
 
 import gc
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ VOCABULARY = 4096
 IDS = 512  # that occur, so that rows fit every model
 TREE, FLAT, AGAIN = "tree", "flat", "flat again"
 AIM = 0.8  # of the token ratio, from width 512 on
+MOST_NOISE = 0.02  # that the gate on time without sharing allows for
 SETTINGS = PolicyLossSettings()
 
 
@@ -246,10 +248,11 @@ def flat_rows(work: Workload, trees: Sequence[TokenTree]) -> list[PackedBatch]:
 
 
 def gradient_error(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
-    """Largest difference over the largest entry, of the worst parameter."""
-    return max(
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)
-    )
+    """Largest difference over the largest entry, of the worst parameter; finite."""
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    # max() and comparisons would let NaN through.
+    assert all(map(math.isfinite, errors)), f"gradients that are not finite: {errors}"
+    return max(errors)
 
 
 def gradients(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -417,7 +420,8 @@ def _report(
     overhead = {
         width: speedup(by_name["1"].seconds, FLAT, TREE).median for width, by_name in found.items()
     }
-    # Two runs of the same differ by this much; the gate on time without sharing leaves it room.
+    # Two runs of the same differ by this much; the gate on time without sharing leaves it room, up
+    # to MOST_NOISE: a noisy machine is no excuse for being slower.
     noise = {
         width: abs(speedup(by_name["1"].seconds, AGAIN, FLAT).median - 1)
         for width, by_name in found.items()
@@ -438,7 +442,7 @@ def _report(
         Gate(
             name=f"time over flat without sharing, width {width}",
             value=value,
-            at_most=1 + noise[width],
+            at_most=1 + min(noise[width], MOST_NOISE),
         )
         for width, value in overhead.items()
     ]

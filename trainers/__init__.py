@@ -12,6 +12,7 @@ _PUBLIC = {
     "LearnerSettings": "trainers.settings",
     "OptimizerSettings": "trainers.settings",
     "PolicyLossSettings": "trainers.settings",
+    "has_traits": "trainers.settings",
     "PackedBatch": "trainers.batch",
     "TokenTree": "trainers.batch",
     "pack": "trainers.packing",

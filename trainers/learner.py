@@ -112,13 +112,15 @@ class Learner:
             Metrics over all ranks, the same on each.
         """
         sums = MetricSums()
+        old_logprobs = self._old_logprobs(mini_batches)
         for number, rows in enumerate(mini_batches):
             rate = learning_rate(self.settings.optimizer, self.num_optimizer_steps)
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = rate
             for at, row in enumerate(rows):
                 self._engine.set_gradient_accumulation_boundary(at == len(rows) - 1)
-                loss = self._loss_of(row, sums, first_update=number == 0)
+                old = old_logprobs[number][at] if old_logprobs else None
+                loss = self._loss_of(row, sums, old, first_update=number == 0)
                 self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
             grad_norm, applied = self._step()
             self.num_optimizer_steps += applied
@@ -239,7 +241,29 @@ class Learner:
     def _sharded(self) -> bool:
         return self._engine.zero_optimization_stage() == 3
 
-    def _loss_of(self, row: PackedBatch, sums: MetricSums, *, first_update: bool) -> torch.Tensor:
+    def _old_logprobs(
+        self, mini_batches: Sequence[Sequence[PackedBatch]]
+    ) -> list[list[torch.Tensor | None]]:
+        """With ``old_logprobs=recomputed``, what the weights before the first optimiser step say of
+        every row [T]. None for the rows of the first update: they are met with these same weights,
+        so its own forward says it, without a second one. Empty with ``sampled``.
+        """
+        if self.settings.old_logprobs == "sampled":
+            return []
+        old: list[list[torch.Tensor | None]] = [[None] * len(mini_batches[0])]
+        for rows in mini_batches[1:]:
+            old.append([*self.logprobs(rows)])
+        return old
+
+    def _loss_of(
+        self, row: PackedBatch, sums: MetricSums, old: torch.Tensor | None, *, first_update: bool
+    ) -> torch.Tensor:
+        """The row's share of the objective.
+
+        Args:
+            old: with ``old_logprobs=recomputed``, the row's from before the first step [T]; None
+                in the first update.
+        """
         settings = self.settings.policy_loss
         batch = on_device(row, self.device)
         index = torch.nonzero(batch.weight > 0).squeeze(1)
@@ -248,14 +272,18 @@ class Learner:
         if self.reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = self.reference(batch, index)
-        tokens = trained_tokens(batch, index, logprobs, entropy, ref_logprobs)
+        old_logprobs = None  # as sampled
+        if self.settings.old_logprobs == "recomputed":
+            old_logprobs = logprobs.detach() if old is None else old.to(self.device)[index]
+        tokens = trained_tokens(batch, index, logprobs, entropy, ref_logprobs, old_logprobs)
         result = objective(tokens, self._loss, settings)
         for name, share in result.sums.items():
             sums.add_rank_sum(name, share)
         sums.add_weighted(result.token_metrics, tokens.weight)
         sums.add_sequences(result.sequence_metrics)
         if first_update:
-            difference = (logprobs.detach().exp() - tokens.old_logprobs.exp()).abs()
+            sampled = batch.behaviour_logprobs[index]
+            difference = (logprobs.detach().exp() - sampled.exp()).abs()
             sums.add_difference("training/rollout_probs_diff", difference)
         return result.loss
 

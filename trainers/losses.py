@@ -32,7 +32,7 @@ class TrainedTokens:
 
     logprobs: torch.Tensor  # [M], of the policy being trained, with gradient
     entropy: torch.Tensor  # [M], nats; with gradient if an entropy bonus is asked for
-    old_logprobs: torch.Tensor  # [M], as sampled
+    old_logprobs: torch.Tensor  # [M], of the ratio: as sampled, or recomputed
     advantage_pos: torch.Tensor  # [M], sum over leaves of w * max(A, 0)
     advantage_neg: torch.Tensor  # [M], sum over leaves of w * min(A, 0)
     weight: torch.Tensor  # [M], sum over leaves of w
@@ -73,14 +73,15 @@ def trained_tokens(
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
     ref_logprobs: torch.Tensor | None = None,
+    old_logprobs: torch.Tensor | None = None,
 ) -> TrainedTokens:
     """The tokens ``index`` (int64 [M], those of weight > 0) of a row with what the policy says of
-    them.
+    them; the old log-probs are those of sampling unless given.
     """
     return TrainedTokens(
         logprobs=logprobs,
         entropy=entropy,
-        old_logprobs=batch.behaviour_logprobs[index],
+        old_logprobs=batch.behaviour_logprobs[index] if old_logprobs is None else old_logprobs,
         advantage_pos=batch.advantage_pos[index],
         advantage_neg=batch.advantage_neg[index],
         weight=batch.weight[index],

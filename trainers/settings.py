@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from treepo.base.registry import Registry
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 ATTENTIONS = ("auto", "sdpa", "flex", "flash")
+OLD_LOGPROBS = ("sampled", "recomputed")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
@@ -27,6 +29,8 @@ class LossTraits:
     clip_ratio_high: float | None = None
     clip_ratio_c: float | None = None
     is_sequence_level: bool = False  # its terms are of responses, so advantages must be too
+    uses_advantages: bool = True  # False: supervised, so it has no place in treepo.train
+    uses_old_logprobs: bool = True  # False: there is no ratio in the loss
 
 
 _PPO_CLIP = LossTraits(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=10.0)
@@ -34,8 +38,8 @@ LOSS_TRAITS = {
     "ppo_clip": _PPO_CLIP,
     "gspo": LossTraits(clip_ratio_low=3e-4, clip_ratio_high=4e-4, is_sequence_level=True),
     "cispo": LossTraits(clip_ratio_low=1.0, clip_ratio_high=0.28),
-    "reinforce": LossTraits(),
-    "nll": LossTraits(),
+    "reinforce": LossTraits(uses_old_logprobs=False),
+    "nll": LossTraits(uses_advantages=False, uses_old_logprobs=False),
 }
 # Names are known here, without torch; the functions are imported when one is used.
 POLICY_LOSSES: Registry[Any] = Registry(
@@ -43,11 +47,35 @@ POLICY_LOSSES: Registry[Any] = Registry(
 )
 
 
-def loss_traits(name: str) -> LossTraits:
-    """Of a policy loss by name. A user's own loss has the settings of ``ppo_clip`` and counts as a
-    loss of tokens.
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
+
+
+def has_traits(**traits: Any) -> Callable[[_Loss], _Loss]:
+    """Decorator of your own policy loss that says what it is, by the fields of
+    :class:`LossTraits`: ``@has_traits(is_sequence_level=True, clip_ratio_low=3e-4)``. A bound that
+    is left out is one that the loss doesn't use. Without the decorator a loss counts as one of
+    tokens with the bounds of ``ppo_clip``.
     """
-    return LOSS_TRAITS.get(name, _PPO_CLIP)
+
+    def mark(loss: _Loss) -> _Loss:
+        loss.traits = LossTraits(**traits)  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+def loss_traits(name: str) -> LossTraits:
+    """Of a policy loss by name; a user's own (a name with a colon) is loaded and says it itself,
+    see :func:`has_traits`.
+
+    Raises:
+        ValueError: the user's file, module or function does not exist.
+    """
+    if name in LOSS_TRAITS or ":" not in name:  # the latter: unknown, and refused by the registry
+        return LOSS_TRAITS.get(name, _PPO_CLIP)
+    traits = getattr(POLICY_LOSSES.get(name), "traits", _PPO_CLIP)
+    assert isinstance(traits, LossTraits), f"{name}: traits are set by has_traits, got {traits!r}"
+    return traits
 
 
 def is_sequence_level(name: str) -> bool:
@@ -179,6 +207,9 @@ class LearnerSettings:
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights sharded
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     policy_loss: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    # "old" log-probs of the ratio: sampled (the engine's) | recomputed (the learner's own before a
+    # step's first update; one more forward for each further update)
+    old_logprobs: str = "sampled"
     max_tokens_per_micro_batch: int = 16384  # tokens of one packed row: bounds activation memory
     logprob_chunk_size: int = 4096  # tokens whose logits are alive at once
     fp32_lm_head: bool = False  # compute logits in float32 from bfloat16 weights and hidden states
@@ -189,10 +220,22 @@ class LearnerSettings:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTIONS)
+        _one_of("old_logprobs", self.old_logprobs, OLD_LOGPROBS)
+        if self.old_logprobs == "recomputed" and not self._traits.uses_old_logprobs:
+            users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
+            raise ValueError(
+                f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
+                f"{self.policy_loss.name!r}, which has no ratio: leave it out, or choose "
+                f"{' or '.join(users)}"
+            )
         _check("zero_stage", self.zero_stage, self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         for name in ("max_tokens_per_micro_batch", "logprob_chunk_size", "init_timeout_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         _check("num_threads", self.num_threads, self.num_threads >= 0, ">= 0 (0: torch's choice)")
+
+    @property
+    def _traits(self) -> LossTraits:
+        return loss_traits(self.policy_loss.name)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

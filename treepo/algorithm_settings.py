@@ -24,11 +24,13 @@ class EstimatorTraits:
         auto: the normalisation of its paper.
         uses: the normalisations that it can be given.
         is_node_level: its advantages differ along a response, from segment to segment.
+        needs_forks: a tree whose responses share no more than the prompt gives it nothing but 0.
     """
 
     auto: str
     uses: tuple[str, ...]
     is_node_level: bool = False
+    needs_forks: bool = False
 
 
 def _by_leaf(auto: str, uses: tuple[str, ...] = _OF_LEAVES) -> EstimatorTraits:
@@ -43,7 +45,7 @@ ESTIMATOR_TRAITS = {
     "treepo": _by_leaf("tree"),
     "treepo_size_weighted": _by_leaf("tree"),
     "treepo_drop_degenerate": _by_leaf("tree"),
-    "treepo_no_root": _by_leaf("tree"),
+    "treepo_no_root": EstimatorTraits(auto="tree", uses=_OF_LEAVES, needs_forks=True),
     "treepo_loo": _by_leaf("tree"),
     "tree_grpo": _by_leaf("tree", ("tree", "none")),
     "treerl": _by_segment("none"),
@@ -72,6 +74,13 @@ def is_node_level(adv_estimator: str) -> bool:
     return ESTIMATOR_TRAITS.get(adv_estimator, _OF_USERS).is_node_level
 
 
+def needs_forks(adv_estimator: str) -> bool:
+    """Whether the estimator compares none but responses that share a segment below the prompt. A
+    user's own counts as one that doesn't.
+    """
+    return ESTIMATOR_TRAITS.get(adv_estimator, _OF_USERS).needs_forks
+
+
 def leaf_level_estimators() -> list[str]:
     """Names of the estimators that give all tokens of a response one advantage."""
     return [name for name, traits in ESTIMATOR_TRAITS.items() if not traits.is_node_level]
@@ -96,7 +105,8 @@ class AdvantageSettings:
     # the same, and the loss is divided by responses x rollout.max_response_length (Dr.GRPO)
     loss_weighting: str = "token_mean"
     filter_groups: bool = False  # drop prompts whose responses all score the same (DAPO)
-    filter_groups_metric: str = "score"  # the same what: 'score' (reward) or 'acc' (correctness)
+    # with filter_groups: the same what, 'score' (reward) or 'acc' (correctness)
+    filter_groups_metric: str = "score"
     # with filter_groups: most batches of prompts that a step may sample until
     # trainer.train_batch_size of them have a signal (dynamic sampling of DAPO; TreePO's paper: 3)
     max_num_gen_batches: int = 1
@@ -124,6 +134,12 @@ class AdvantageSettings:
             raise ValueError(
                 f"algorithm.max_num_gen_batches={self.max_num_gen_batches!r}: it must be >= 1 "
                 "(1: no further batches)"
+            )
+        if self.filter_groups_metric != "score" and not self.filter_groups:
+            raise ValueError(
+                f"filter_groups_metric={self.filter_groups_metric!r} is not used with "
+                "filter_groups=False, under which no prompt is dropped: set filter_groups=True, or "
+                "leave it out"
             )
         if self.max_num_gen_batches > 1 and not self.filter_groups:
             raise ValueError(

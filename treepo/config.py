@@ -13,8 +13,13 @@ from typing import Any
 
 from rewards.settings import RewardSettings
 from rollout.settings import EngineSettings
-from trainers.settings import LearnerSettings, is_sequence_level
-from treepo.algorithm_settings import AdvantageSettings, is_node_level, leaf_level_estimators
+from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, loss_traits
+from treepo.algorithm_settings import (
+    AdvantageSettings,
+    is_node_level,
+    leaf_level_estimators,
+    needs_forks,
+)
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
 from treepo.tracking_settings import TrackingSettings
@@ -161,7 +166,9 @@ class TrainConfig:
                 "train on; lower the one or raise the other"
             )
         self._check_lengths()
+        check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
+        check_forks(self.algorithm, *strategy_settings(self))
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -221,6 +228,42 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
             f"choose a loss of tokens such as 'ppo_clip', or one of the estimators "
             f"{', '.join(leaf_level_estimators())}"
         )
+
+
+def check_uses_advantages(policy_loss: str) -> None:
+    """A loss without advantages would train on every response alike, right or wrong.
+
+    Raises:
+        ValueError: the policy loss is one for supervised training.
+    """
+    if not loss_traits(policy_loss).uses_advantages:
+        others = [name for name, traits in LOSS_TRAITS.items() if traits.uses_advantages]
+        raise ValueError(
+            f"trainer.learner.policy_loss.name={policy_loss!r} leaves rewards and advantages out, "
+            f"so it is for python -m treepo.sft alone: choose {', '.join(others)}"
+        )
+
+
+def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any) -> None:
+    """An estimator that compares responses below the prompt needs trees that fork there.
+
+    Raises:
+        ValueError: the rollout makes none, so that every advantage would be 0.
+    """
+    if not needs_forks(algorithm.adv_estimator):
+        return
+    divergence = getattr(strategy, "initial_divergence_min", 0)
+    if strategy_name != "flat" and divergence < strategy.n:
+        return
+    cause, mend = "rollout=flat", "rollout=treepo"
+    if strategy_name != "flat":
+        cause = f"rollout.initial_divergence_min={divergence} (rollout.n={strategy.n})"
+        mend = f"rollout.initial_divergence_min and _max below {strategy.n}"
+    raise ValueError(
+        f"algorithm.adv_estimator={algorithm.adv_estimator!r} compares responses that share a "
+        f"segment below the prompt, and with {cause} there are none, so every advantage would be "
+        f"0: choose algorithm.adv_estimator='grpo', or {mend}"
+    )
 
 
 def require(field_name: str, value: object, ok: bool, allowed: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from rewards.pool import RewardPool
 from rewards.records import RewardResult
 from rollout.tree import Tree
+from trainers.batch import TokenTree
 from treepo.advantages import estimate
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
@@ -31,7 +32,7 @@ from treepo.held_out import evaluation_passes, sample_flat
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.samples import token_trees
-from treepo.step import make_prompts, mini_batches, reward_items, shuffle_verdicts
+from treepo.step import has_gradient, make_prompts, mini_batches, reward_items, shuffle_verdicts
 from treepo.step_metrics import reward_metrics, rollout_metrics, tree_metrics
 from treepo.sync import publish_weights
 from treepo.text import Decoder
@@ -133,8 +134,8 @@ class Session:
         return by_tree
 
     def learn(self, step: int, batch: StepBatch) -> dict[str, float]:
-        """Advantages, the update and the publication of its outcome. A batch in which no group
-        has a signal is skipped: no update, no new version, and a metric that says so.
+        """Advantages, the update and the publication of its outcome. A batch that leaves nothing
+        to follow is skipped: no update, no new version, and a metric and a line that say so.
         """
         algorithm, trainer = self.config.algorithm, self.config.trainer
         with self.clock("adv"):
@@ -153,7 +154,8 @@ class Session:
                     self.decoder,
                 )
             trees = token_trees(batch.kept, advantages, drop_untrained=True)
-        if not batch.counts.num_kept or not trees:
+        if not has_gradient(trees, self.config):
+            self.progress.say(f"step {step} skipped: {_why_skipped(batch, trees)}")
             return {"training/skipped_steps": 1.0}
         self.progress.stage("learning")
         with self.clock("update_actor"):
@@ -240,6 +242,14 @@ class Session:
         now = time.monotonic()
         spent, self.last_look = now - self.last_look, now
         return spent
+
+
+def _why_skipped(batch: StepBatch, trees: Sequence[TokenTree]) -> str:
+    if not batch.counts.num_kept:
+        return "the responses of every prompt score the same, so there is nothing to learn"
+    if not trees:
+        return "no response is trained on"
+    return "every advantage is 0, so there is nothing to learn"
 
 
 def versions() -> dict[str, str]:

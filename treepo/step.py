@@ -16,7 +16,7 @@ from rollout.tree import Tree
 from trainers.batch import PackedBatch, TokenTree
 from trainers.packing import check_leaf_advantages, pack
 from trainers.settings import is_sequence_level
-from treepo.advantages import leaf_num_tokens
+from treepo.advantages import SPREAD_TOLERANCE, leaf_num_tokens
 from treepo.base.keys import Purpose, root_key, uniform
 from treepo.config import TrainConfig, strategy_settings
 from treepo.data import Problem
@@ -103,6 +103,20 @@ def mini_batches(
             )
     ranks = range(config.cluster.num_learner_ranks)
     return [[update[rank] for update in updates] for rank in ranks]
+
+
+def has_gradient(trees: Sequence[TokenTree], config: TrainConfig) -> bool:
+    """Whether an update on these trees would follow anything: an advantage that is not 0 (up to
+    rounding), or a term of the objective that needs none (KL penalty, entropy bonus).
+    """
+    loss = config.trainer.learner.policy_loss
+    if loss.kl_loss_coef > 0 or loss.entropy_coeff > 0:
+        return bool(trees)
+    return any(
+        bool((values.abs() > SPREAD_TOLERANCE).any())
+        for tree in trees
+        for values in (tree.advantage_pos, tree.advantage_neg, tree.leaf_advantage)
+    )
 
 
 def loss_denominator(update: Sequence[TokenTree], config: TrainConfig) -> float | None:

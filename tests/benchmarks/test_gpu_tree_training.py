@@ -64,6 +64,9 @@ def test_the_benchmark_runs_on_a_cpu_where_deepspeed_and_the_like_are_absent(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert "of the token ratio" in done.stdout
     report = json.loads(path.read_text())
+    gates = {gate["name"]: gate["at_most"] for gate in report["gates"]}
+    assert gates["gradient error"] == 1e-4
+    assert gates["time over flat without sharing, tiny"] == 1.02
     assert report["settings"]["attention"] == {"tree": "auto", "flat": "sdpa"}
     for name, counts in report["counts"].items():
         assert counts["flat_pairs"] >= counts["visible_pairs"]

@@ -66,6 +66,9 @@ def test_both_sides_leave_the_same_gradients():
     spoilt = [gradient.clone() for gradient in ours]
     spoilt[3] *= 1.01
     assert tree_training.gradient_error(spoilt, theirs) > 5e-3
+    spoilt[5][0] = float("nan")
+    with pytest.raises(AssertionError, match="not finite"):
+        tree_training.gradient_error(spoilt, theirs)
 
 
 def test_peak_memory_is_what_lives_at_the_same_time():

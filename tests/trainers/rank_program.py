@@ -22,7 +22,12 @@ SEQUENCE_LOSS = PolicyLossSettings(
 
 def learner_settings(policy_loss: PolicyLossSettings, zero_stage: int = 0) -> LearnerSettings:
     return LearnerSettings(
-        zero_stage=zero_stage, optimizer=SETTINGS, policy_loss=policy_loss, init_timeout_s=60
+        zero_stage=zero_stage,
+        optimizer=SETTINGS,
+        policy_loss=policy_loss,
+        # each kind with one of the losses
+        old_logprobs="recomputed" if policy_loss.name == "gspo" else "sampled",
+        init_timeout_s=60,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from token_trees import random_tree, save_tiny_model, token_tree
+from token_trees import flat_trees, random_tree, save_tiny_model, token_tree
 
 from trainers.learner import Learner
 from trainers.losses import POLICY_LOSSES, trained_tokens
@@ -101,6 +101,86 @@ def test_logprobs_are_those_of_plain_transformers_and_show_no_mismatch(model_pat
     expected = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(path)[1:, None].long())
     for score in learner.score_paths([path, path])[:2]:
         np.testing.assert_allclose(score, expected[:, 0].detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def perturbed(trees):
+    """The trees with other behaviour log-probs than any weights gave."""
+    noise = torch.Generator().manual_seed(4)
+    return [
+        dataclasses.replace(
+            tree,
+            behaviour_logprobs=tree.behaviour_logprobs
+            + torch.randn(tree.num_tokens, generator=noise),
+        )
+        for tree in trees
+    ]
+
+
+GSPO_NARROW_WITH_KL = PolicyLossSettings(name="gspo", kl_loss_coef=0.3, entropy_coeff=0.1)
+
+
+@pytest.mark.parametrize("loss", [PolicyLossSettings(), GSPO_NARROW_WITH_KL])
+def test_recomputed_old_logprobs_make_the_ratio_of_a_single_update_exactly_1(model_path, loss):
+    trees = perturbed(trees_of(3))
+    rows = rows_of(trees, 200)
+    assert len(rows) > 1
+    found = {}
+    for old in ("sampled", "recomputed"):
+        settings = LearnerSettings(optimizer=sgd(), policy_loss=loss, old_logprobs=old)
+        found[old] = Learner(model_path, settings).update([rows])
+    own, sampled = found["recomputed"], found["sampled"]
+    assert own["actor/ratio_mean"] == 1 and own["actor/ppo_kl"] == 0
+    assert own["actor/pg_clipfrac"] == 0 and own.get("actor/sequence_ratio_mean", 1) == 1
+    assert sampled["actor/ratio_mean"] != 1 and sampled["actor/pg_clipfrac"] > 0.1
+    # the mismatch is with what was sampled in both
+    mismatch = "training/rollout_probs_diff"
+    for name in (f"{mismatch}_mean", f"{mismatch}_max"):
+        assert own[name] == sampled[name] > 0.01
+
+
+def test_recomputed_old_logprobs_are_those_before_the_steps_first_update(model_path):
+    """Two epochs of two updates, against a learner that is told before the step, as if sampled,
+    what the first weights say. On ranks and under ZeRO-3: test_ranks.py.
+    """
+    trees = perturbed(trees_of(6))
+    settings = LearnerSettings(optimizer=sgd(0.3), policy_loss=GSPO_WITH_KL)
+    told = Learner(model_path, settings)
+    recomputed = Learner(model_path, dataclasses.replace(settings, old_logprobs="recomputed"))
+    halves = [rows_of(trees[:4], 200), rows_of(trees[4:], 200)]
+    updates = halves + [rows_of(trees[1:3]), rows_of([trees[0], *trees[3:]])]
+    assert len(halves[0]) > 1
+    as_sampled = [
+        [
+            dataclasses.replace(row, behaviour_logprobs=logprobs)
+            for row, logprobs in zip(rows, told.logprobs(rows), strict=True)
+        ]
+        for rows in updates
+    ]
+    metrics, expected = recomputed.update(updates), told.update(as_sampled)
+    mismatch = "training/rollout_probs_diff"
+    assert expected.pop(f"{mismatch}_max") < 1e-6 and expected.pop(f"{mismatch}_mean") < 1e-6
+    assert metrics.pop(f"{mismatch}_max") > 0.1 and metrics.pop(f"{mismatch}_mean") > 0.01
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert abs(metrics["actor/ratio_mean"] - 1) > 1e-3
+    for name, tensor in state_of(recomputed).items():
+        torch.testing.assert_close(tensor, state_of(told)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_with_recomputed_old_logprobs_a_tree_trains_as_its_leaves_one_by_one(model_path):
+    roots = [random_tree(random.Random(seed)) for seed in (1, 2, 3)]
+    trees = [token_tree(root) for root in roots]
+    leaves = [flat_trees(root) for root in roots]
+    settings = LearnerSettings(
+        optimizer=sgd(0.3), policy_loss=GSPO_WITH_KL, old_logprobs="recomputed"
+    )
+    of_trees, of_leaves = Learner(model_path, settings), Learner(model_path, settings)
+    of_trees.update([rows_of(trees[:2]), rows_of(trees[2:])])
+    of_leaves.update([rows_of(leaves[0] + leaves[1]), rows_of(leaves[2])])
+    tree, flat = state_of(of_trees), state_of(of_leaves)
+    start = state_of(Learner(model_path, LearnerSettings()))
+    assert max(float((tree[name] - start[name]).abs().max()) for name in tree) > 1e-2
+    for name, tensor in tree.items():
+        torch.testing.assert_close(tensor, flat[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])

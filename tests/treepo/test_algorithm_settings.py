@@ -1,13 +1,17 @@
 """A wrong combination of settings says which one is right."""
 
+import numpy as np
 import pytest
+from scored_trees import flat, leaf_advantages
 
+from treepo.advantages import estimate
 from treepo.algorithm_settings import (
     ADVANTAGES,
     ESTIMATOR_TRAITS,
     NORMALISATIONS,
     AdvantageSettings,
     leaf_level_estimators,
+    needs_forks,
 )
 from treepo.cli import compose
 from treepo.config import TrainConfig, check_levels
@@ -55,6 +59,7 @@ from treepo.names import check_names
         (dict(treerl_sqrt_leaves=False), "not used by algorithm.adv_estimator='treepo'.*'treerl'"),
         (dict(max_num_gen_batches=0), "max_num_gen_batches=0.*>= 1"),
         (dict(max_num_gen_batches=3), "filter_groups=True"),
+        (dict(filter_groups_metric="acc"), "metric='acc' is not used.*set filter_groups=True"),
     ],
 )
 def test_settings_that_contradict_themselves_say_what_to_change(changes, message):
@@ -107,3 +112,37 @@ def test_that_refusal_comes_when_the_configuration_is_built():
     overrides = ["trainer.learner.policy_loss.name=gspo", "algorithm.adv_estimator=spo"]
     with pytest.raises(ValueError, match="policy_loss.name='gspo'.*choose a loss of tokens"):
         compose("train", TrainConfig, ["+experiment=quickstart", *overrides])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATOR_TRAITS)
+def test_which_estimators_give_nothing_but_zeros_on_a_flat_tree_is_known_by_name(estimator):
+    (found,) = estimate([flat([1.0, 0.0, 0.0])], AdvantageSettings(adv_estimator=estimator))
+    by_segment = found.segment_advantage
+    values = found.leaf_advantage if by_segment is None else by_segment
+    assert np.any(values != 0) != needs_forks(estimator)
+    assert np.all(leaf_advantages([flat([1.0, 1.0])], adv_estimator=estimator)[0] == 0)
+
+
+# The experiment's own keys of trees are not flat's.
+FLAT = ["rollout=flat"] + [
+    f"~rollout.{key}"
+    for key in ("segment_length", "max_depth", "initial_divergence_min", "initial_divergence_max")
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (FLAT, "with rollout=flat there are none.*'grpo', or rollout=treepo"),
+        (
+            ["rollout.initial_divergence_min=16", "rollout.initial_divergence_max=16"],
+            r"initial_divergence_min=16 \(rollout.n=16\).*'grpo', or .*_min and _max below 16",
+        ),
+    ],
+)
+def test_an_estimator_that_needs_forks_is_refused_where_there_are_none(overrides, message):
+    quickstart, no_root = "+experiment=quickstart", "algorithm.adv_estimator=treepo_no_root"
+    with pytest.raises(ValueError, match=message):
+        compose("train", TrainConfig, [quickstart, no_root, *overrides])
+    compose("train", TrainConfig, [quickstart, "algorithm.adv_estimator=grpo", *overrides])
+    compose("train", TrainConfig, [quickstart, no_root])

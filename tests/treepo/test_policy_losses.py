@@ -9,8 +9,10 @@ from treepo.cli import compose
 from treepo.config import TrainConfig
 from treepo.names import check_names
 from treepo.samples import token_trees
+from treepo.sft_settings import SFTSettings
 from treepo.step import mini_batches
 
+CLIP = "trainer.learner.policy_loss.clip_ratio"
 NAME = "trainer.learner.policy_loss.name"
 KL = [
     "trainer.learner.policy_loss.kl_loss_coef=0.01",
@@ -24,11 +26,66 @@ def configure(*overrides: str) -> TrainConfig:
     return config
 
 
-@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "cispo", "reinforce", "nll"])
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "cispo", "reinforce"])
 def test_every_loss_is_chosen_by_its_name_with_and_without_a_kl_penalty(name):
     loss = configure(f"{NAME}={name}").trainer.learner.policy_loss
     assert loss.name == name and loss.kl_loss_coef == 0
     assert configure(f"{NAME}={name}", *KL).trainer.learner.policy_loss.kl_loss_type == "k2"
+
+
+def test_the_supervised_loss_is_refused_in_training_by_rewards_and_kept_for_sft():
+    with pytest.raises(ValueError, match="'nll' leaves.*treepo.sft alone: choose ppo_clip, gspo"):
+        configure(f"{NAME}=nll")
+    sft = compose(
+        "sft", SFTSettings, ["+experiment=make_tiny_model", "learner.policy_loss.name=nll"]
+    )
+    assert sft.learner.policy_loss.name == "nll"
+
+
+THEIRS = """
+from trainers.losses import gspo
+from trainers.settings import has_traits
+
+@has_traits(is_sequence_level=True, clip_ratio_low=3e-4, clip_ratio_high=4e-4)
+def of_responses(tokens, settings):
+    return gspo(tokens, settings)
+
+@has_traits(uses_advantages=False)
+def imitate(tokens, settings):
+    raise NotImplementedError
+
+def of_tokens(tokens, settings):
+    raise NotImplementedError
+"""
+
+
+def test_a_users_loss_says_itself_what_it_is(tmp_path):
+    file = tmp_path / "their_losses.py"
+    file.write_text(THEIRS)
+    loss = configure(f"{NAME}={file}:of_responses").trainer.learner.policy_loss
+    assert (loss.bounds().low, loss.bounds().high) == pytest.approx((1 - 3e-4, 1 + 4e-4))
+    with pytest.raises(ValueError, match="clip_ratio_c=3.0 is not used by.*of_responses"):
+        configure(f"{NAME}={file}:of_responses", f"{CLIP}_c=3.0")
+    with pytest.raises(ValueError, match="one advantage a response, but .*'spo'"):
+        configure(f"{NAME}={file}:of_responses", "algorithm.adv_estimator=spo")
+    with pytest.raises(ValueError, match="one term a response"):
+        updates_with(f"{file}:of_responses", "treepo.advantages.spo:spo")
+    with pytest.raises(ValueError, match="imitate.*treepo.sft alone"):
+        configure(f"{NAME}={file}:imitate")
+    # one that says nothing is of tokens, with ppo_clip's bounds
+    plain = configure(f"{NAME}={file}:of_tokens", "algorithm.adv_estimator=spo", f"{CLIP}_c=3.0")
+    assert plain.trainer.learner.policy_loss.bounds().high == pytest.approx(1.28)
+    with pytest.raises(ValueError, match="has no 'of_leaves'"):
+        configure(f"{NAME}={file}:of_leaves")
+
+
+def test_recomputed_old_logprobs_are_refused_where_the_loss_has_no_ratio():
+    recomputed = "trainer.learner.old_logprobs=recomputed"
+    assert configure(recomputed).trainer.learner.old_logprobs == "recomputed"
+    with pytest.raises(ValueError, match="has no ratio.*ppo_clip or gspo or cispo"):
+        configure(recomputed, f"{NAME}=reinforce")
+    with pytest.raises(ValueError, match="old_logprobs='verl': must be one of sampled, recomputed"):
+        configure("trainer.learner.old_logprobs=verl")
 
 
 def updates_with(loss: str, estimator: str):
