@@ -137,9 +137,9 @@ class AdvantageSettings:
             )
         if self.filter_groups_metric != "score" and not self.filter_groups:
             raise ValueError(
-                f"filter_groups_metric={self.filter_groups_metric!r} is not used with "
-                "filter_groups=False, under which no prompt is dropped: set filter_groups=True, or "
-                "leave it out"
+                f"algorithm.filter_groups_metric={self.filter_groups_metric!r} is not used with "
+                "algorithm.filter_groups=False, under which no prompt is dropped: set "
+                "algorithm.filter_groups=True, or leave it out"
             )
         if self.max_num_gen_batches > 1 and not self.filter_groups:
             raise ValueError(

@@ -113,7 +113,7 @@ def has_gradient(trees: Sequence[TokenTree], config: TrainConfig) -> bool:
     if loss.kl_loss_coef > 0 or loss.entropy_coeff > 0:
         return bool(trees)
     return any(
-        bool((values.abs() > SPREAD_TOLERANCE).any())
+        not bool((values.abs() <= SPREAD_TOLERANCE).all())  # NaN is for the learner to refuse
         for tree in trees
         for values in (tree.advantage_pos, tree.advantage_neg, tree.leaf_advantage)
     )

@@ -59,7 +59,10 @@ from treepo.names import check_names
         (dict(treerl_sqrt_leaves=False), "not used by algorithm.adv_estimator='treepo'.*'treerl'"),
         (dict(max_num_gen_batches=0), "max_num_gen_batches=0.*>= 1"),
         (dict(max_num_gen_batches=3), "filter_groups=True"),
-        (dict(filter_groups_metric="acc"), "metric='acc' is not used.*set filter_groups=True"),
+        (
+            dict(filter_groups_metric="acc"),
+            "metric='acc' is not used.*set algorithm.filter_groups=True",
+        ),
     ],
 )
 def test_settings_that_contradict_themselves_say_what_to_change(changes, message):
