@@ -61,7 +61,7 @@ from treepo.names import check_names
         (dict(max_num_gen_batches=3), "filter_groups=True"),
         (
             dict(filter_groups_metric="acc"),
-            "metric='acc' is not used.*set algorithm.filter_groups=True",
+            "metric='acc' is not used.*filter_groups=True",
         ),
     ],
 )
@@ -126,17 +126,10 @@ def test_which_estimators_give_nothing_but_zeros_on_a_flat_tree_is_known_by_name
     assert np.all(leaf_advantages([flat([1.0, 1.0])], adv_estimator=estimator)[0] == 0)
 
 
-# The experiment's own keys of trees are not flat's.
-FLAT = ["rollout=flat"] + [
-    f"~rollout.{key}"
-    for key in ("segment_length", "max_depth", "initial_divergence_min", "initial_divergence_max")
-]
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (FLAT, "with rollout=flat there are none.*'grpo', or rollout=treepo"),
+        (["rollout=flat"], "with rollout=flat there are none.*'grpo', or rollout=treepo"),
         (
             ["rollout.initial_divergence_min=16", "rollout.initial_divergence_max=16"],
             r"initial_divergence_min=16 \(rollout.n=16\).*'grpo', or .*_min and _max below 16",
