@@ -97,6 +97,7 @@ def test_the_paper_s_recipe_is_the_paper_s():
         1e-6, "constant", 10,
     )  # fmt: skip
     assert (optimizer.weight_decay, optimizer.grad_clip) == (0.1, 1.0)
+    assert trainer.learner.old_logprobs == "recomputed"
     loss = trainer.learner.policy_loss
     assert (loss.name, loss.kl_loss_coef, loss.entropy_coeff) == ("ppo_clip", 0.0, 0.0)
     bounds = loss.bounds()
