@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from shapes import qwen3_7m
 
+from trainers.packing import ROW_MULTIPLE
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RATIOS = {
     "attention": {"per_node_vs_gathered", "median"},
@@ -29,7 +31,7 @@ def quick_run(name: str, folder: Path) -> dict:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", "--json", path]
     began = time.monotonic()
     done = subprocess.run(
-        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=240
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"{name}: {time.monotonic() - began:.0f} s")
@@ -91,4 +93,6 @@ def test_the_comparison_of_training_on_trees_and_paths_runs_and_gradients_are_eq
     report = quick_run("tree_training", tmp_path)
     assert report["ratios"]["gradient_error"] < 1e-4
     for counts in report["counts"].values():
-        assert counts["pairs"]["tree"] == counts["pairs"]["visible"] <= counts["pairs"]["flat"]
+        pairs = counts["pairs"]
+        padding = pairs["tree"] - pairs["visible"]  # such a token sees itself
+        assert 0 <= padding < ROW_MULTIPLE and pairs["visible"] <= pairs["flat"]
