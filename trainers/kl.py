@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+LARGEST_LOG_RATIO = 20.0  # of reference to policy
+
 
 def kl_terms(
     logprobs: torch.Tensor,  # [M], with gradient
@@ -28,4 +30,5 @@ def kl_terms(
     if kind == "k2":
         return difference.square() / 2
     assert kind == "k3", kind
-    return torch.expm1(-difference) + difference
+    # Bounded, so that a token the policy has all but given up does not overflow.
+    return torch.expm1((-difference).clamp(max=LARGEST_LOG_RATIO)) + difference

@@ -23,6 +23,10 @@ from trainers.batch import PackedBatch
 from trainers.path_sums import path_sums
 from trainers.settings import POLICY_LOSSES, PolicyLossSettings
 
+# Logarithms of ratios are kept below: exp of more than 88 overflows in float32, and where a clip
+# follows its gradient would be 0 times infinity.
+LARGEST_LOG_RATIO = 20.0
+
 __all__ = ["POLICY_LOSSES", "PolicyLoss", "LossTerms", "TrainedTokens"]
 
 
@@ -109,7 +113,7 @@ def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     both signs, the share of |A| that is.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio, bounds = log_ratio.exp(), settings.bounds()
+    ratio, bounds = _exp(log_ratio), settings.bounds()
     ratio_pos = ratio.clamp(max=bounds.high)
     ratio_neg = ratio.clamp(min=bounds.low, max=bounds.dual)
     loss = -(ratio_pos * tokens.advantage_pos + ratio_neg * tokens.advantage_neg)
@@ -139,7 +143,7 @@ def gspo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     leaves = trained_leaves(batch)
     advantage, length = batch.leaf_advantage[leaves], batch.leaf_num_tokens[leaves]
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = (tokens.path_sums(log_ratio, leaves) / length.clamp(min=1)).exp()
+    ratio = _exp(tokens.path_sums(log_ratio, leaves) / length.clamp(min=1))
     clipped = torch.where(advantage > 0, ratio.clamp(max=bounds.high), ratio.clamp(min=bounds.low))
     loss = -batch.leaf_weight[leaves] * length * clipped * advantage
     with torch.no_grad():
@@ -150,7 +154,7 @@ def gspo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
             "actor/pg_clipfrac": is_clipped.to(ratio.dtype),
             "actor/sequence_ratio_mean": ratio.detach(),
         }
-        metrics = _ratio_metrics(log_ratio.detach(), log_ratio.detach().exp())
+        metrics = _ratio_metrics(log_ratio.detach(), _exp(log_ratio.detach()))
     return LossTerms(loss=loss, metrics=metrics, sequence_metrics=sequence_metrics)
 
 
@@ -165,7 +169,7 @@ def cispo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """
     bounds = settings.bounds()
     log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
-    ratio = log_ratio.exp()
+    ratio = _exp(log_ratio)
     clipped = ratio.clamp(min=bounds.low, max=bounds.high)
     loss = -clipped * (tokens.advantage_pos + tokens.advantage_neg) * tokens.logprobs
     metrics = _ratio_metrics(log_ratio, ratio) | {
@@ -180,12 +184,16 @@ def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """
     loss = -tokens.logprobs * (tokens.advantage_pos + tokens.advantage_neg)
     log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
-    return LossTerms(loss=loss, metrics=_ratio_metrics(log_ratio, log_ratio.exp()))
+    return LossTerms(loss=loss, metrics=_ratio_metrics(log_ratio, _exp(log_ratio)))
 
 
 def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """Negative log-likelihood ``-logprob * weight``: supervised training."""
     return LossTerms(loss=-tokens.logprobs * tokens.weight, metrics={})
+
+
+def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
 def _ratio_metrics(log_ratio: torch.Tensor, ratio: torch.Tensor) -> dict[str, torch.Tensor]:

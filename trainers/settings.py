@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from treepo.base.registry import Registry
+from treepo.base.typed import check_types
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
@@ -101,6 +102,7 @@ class OptimizerSettings:
     grad_clip: float = 1.0  # largest gradient norm of an update; 0 switches clipping off
 
     def __post_init__(self) -> None:
+        check_types(self, "trainer.learner.optimizer.")
         _one_of("optimizer.name", self.name, OPTIMIZERS)
         _one_of("optimizer.lr_schedule", self.lr_schedule, SCHEDULES)
         _check("optimizer.lr", self.lr, self.lr >= 0, ">= 0")
@@ -151,6 +153,7 @@ class PolicyLossSettings:
     kl_loss_type: str = "k3"  # its estimator: k1 | k2 | k3 (verl's low_var_kl)
 
     def __post_init__(self) -> None:
+        check_types(self, "trainer.learner.policy_loss.")
         _check("policy_loss.name", self.name, bool(self.name), "the name of a policy loss")
         self._refuse_unused()
         bounds = self.bounds()
@@ -218,6 +221,7 @@ class LearnerSettings:
     init_timeout_s: int = 300  # how long a rank waits for the others to join and to answer
 
     def __post_init__(self) -> None:
+        check_types(self, "trainer.learner.")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("old_logprobs", self.old_logprobs, OLD_LOGPROBS)

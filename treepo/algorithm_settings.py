@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from treepo.base.registry import Registry
+from treepo.base.typed import check_types
 
 NORMALISATIONS = ("auto", "tree", "batch", "leaves", "tokens", "release", "none")
 LOSS_WEIGHTINGS = ("token_mean", "sequence_mean", "fixed_length")
@@ -112,6 +113,7 @@ class AdvantageSettings:
     max_num_gen_batches: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "algorithm.")
         self._choice("normalisation", NORMALISATIONS)
         self._choice("loss_weighting", LOSS_WEIGHTINGS)
         self._choice("filter_groups_metric", FILTER_METRICS)

@@ -15,6 +15,7 @@ from rewards.settings import RewardSettings
 from rollout.settings import EngineSettings
 from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, loss_traits
 from treepo.algorithm_settings import (
+    ESTIMATOR_TRAITS,
     AdvantageSettings,
     is_node_level,
     leaf_level_estimators,
@@ -169,6 +170,7 @@ class TrainConfig:
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         check_forks(self.algorithm, *strategy_settings(self))
+        check_group(self.algorithm, strategy_settings(self)[1])
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -264,6 +266,25 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
         f"segment below the prompt, and with {cause} there are none, so every advantage would be "
         f"0: choose algorithm.adv_estimator='grpo', or {mend}"
     )
+
+
+def check_group(algorithm: AdvantageSettings, strategy: Any) -> None:
+    """A baseline of the other responses needs other responses, and different ones.
+
+    Raises:
+        ValueError: there is one response a prompt, or all are the greedy one.
+    """
+    if strategy.n == 1 and algorithm.adv_estimator in ESTIMATOR_TRAITS.keys() - {"reinforce_pp"}:
+        raise ValueError(
+            f"algorithm.adv_estimator={algorithm.adv_estimator!r} compares a prompt's responses, "
+            "and with rollout.n=1 there is one: raise rollout.n, or choose "
+            "algorithm.adv_estimator='reinforce_pp'"
+        )
+    if strategy.n > 1 and strategy.temperature == 0:
+        raise ValueError(
+            f"rollout.temperature=0.0 draws the same greedy response rollout.n={strategy.n} times, "
+            "so there is nothing to compare: set rollout.temperature to 1.0, say"
+        )
 
 
 def require(field_name: str, value: object, ok: bool, allowed: str) -> None:

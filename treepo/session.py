@@ -90,6 +90,10 @@ class Session:
             self.config.algorithm,
         )
         sampled = batch.sampled
+        # Of the whole step: a further batch of dynamic sampling may be a single prompt.
+        require_a_verdict(
+            [(v.has_verdict, v.detail) for of_tree in sampled.verdicts for v in of_tree]
+        )
         metrics = rollout_metrics(sampled.trees, sampled.ledger)
         metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
         metrics |= batch.metrics() | self.learn(step, batch)
@@ -130,7 +134,6 @@ class Session:
             ]
             verdicts = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
             by_tree = [[next(verdicts) for _ in of_tree] for of_tree in items]
-        require_a_verdict([(v.has_verdict, v.detail) for of_tree in by_tree for v in of_tree])
         return by_tree
 
     def learn(self, step: int, batch: StepBatch) -> dict[str, float]:

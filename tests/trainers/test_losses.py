@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from trainers.kl import kl_terms
 from trainers.losses import POLICY_LOSSES, TrainedTokens, trained_tokens
 from trainers.packing import pack_row, path_tree
 from trainers.settings import PolicyLossSettings, is_sequence_level
@@ -221,3 +222,31 @@ def test_settings_that_do_not_fit_each_other_say_which_do(changes, message):
 def test_impossible_bounds_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         PolicyLossSettings(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "cispo", "reinforce"])
+def test_a_ratio_beyond_all_numbers_gives_no_nan(name):
+    old = torch.tensor([-200.0, -1.0])  # float32: exp(199) is infinite
+    logprobs = torch.tensor([-1.0, -200.0], requires_grad=True)
+    tokens = TrainedTokens(
+        logprobs=logprobs,
+        entropy=torch.zeros(2),
+        old_logprobs=old,
+        advantage_pos=torch.ones(2),
+        advantage_neg=-torch.ones(2),
+        weight=torch.ones(2),
+        index=torch.arange(2),
+        batch=None,
+    )
+    losses = POLICY_LOSSES.get(name)(tokens, SETTINGS[name])
+    losses.loss.sum().backward()
+    assert losses.loss.isfinite().all() and logprobs.grad.isfinite().all()
+    assert all(values.isfinite().all() for values in losses.metrics.values())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_token_that_the_policy_has_given_up_gives_a_finite_kl(kind):
+    logprobs = torch.tensor([-200.0], requires_grad=True)
+    term = kl_terms(logprobs, torch.tensor([-1.0]), kind)
+    term.sum().backward()
+    assert term.isfinite().all() and logprobs.grad.isfinite().all()

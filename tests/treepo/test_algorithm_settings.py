@@ -17,6 +17,8 @@ from treepo.cli import compose
 from treepo.config import TrainConfig, check_levels
 from treepo.names import check_names
 
+ONE_PATH = ("rollout.initial_divergence_min=1", "rollout.initial_divergence_max=1")
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -142,3 +144,29 @@ def test_an_estimator_that_needs_forks_is_refused_where_there_are_none(overrides
         compose("train", TrainConfig, [quickstart, no_root, *overrides])
     compose("train", TrainConfig, [quickstart, "algorithm.adv_estimator=grpo", *overrides])
     compose("train", TrainConfig, [quickstart, no_root])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.n=1", *ONE_PATH], "with rollout.n=1 there is one: .*'reinforce_pp'"),
+        (["rollout.temperature=0"], "rollout.temperature=0.0 draws the same greedy response"),
+        (["algorithm.adv_eps=inf"], "algorithm.adv_eps=inf: it must be a finite number"),
+        (
+            ["trainer.learner.policy_loss.kl_loss_coef=inf"],
+            "trainer.learner.policy_loss.kl_loss_coef=inf: it must be a finite number",
+        ),
+        (
+            ["trainer.learner.policy_loss.clip_ratio_c=inf"],
+            "clip_ratio_c=inf: it must be a finite number, or null",
+        ),
+    ],
+)
+def test_what_leaves_nothing_to_compare_or_is_no_number_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        compose("train", TrainConfig, ["+experiment=quickstart", *overrides])
+
+
+def test_reinforce_pp_takes_one_response_a_prompt():
+    overrides = ["+experiment=quickstart", "algorithm=reinforce_pp", "rollout.n=1", *ONE_PATH]
+    assert compose("train", TrainConfig, overrides).algorithm.adv_estimator == "reinforce_pp"

@@ -63,6 +63,10 @@ def _as_float(value: Any) -> float:
     return number
 
 
+def _as_float_or_none(value: Any) -> float | None:
+    return None if value is None else _as_float(value)
+
+
 def _as_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError("no bool")
@@ -89,6 +93,8 @@ _INTS = "integers"
 _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "int": ("an integer", as_int),
     "float": ("a finite number", _as_float),
+    "float | None": ("a finite number, or null", _as_float_or_none),
+    "list[float]": ("a list of finite numbers", _each(_as_float, list)),
     "bool": ("True or False", _as_bool),
     "str": ("a string", _as_str),
     "tuple[int, ...]": (f"a sequence of {_INTS}", _each(as_int, tuple)),
