@@ -1,10 +1,10 @@
 """Run a study: every variant of a YAML file with every seed, several runs at a time.
 
     python scripts/study.py scripts/studies/treepo.yaml --seeds 0 --jobs 2
-    python scripts/study.py scripts/studies/treepo.yaml --only flat_grpo treepo --seeds 0 1 2 3 4
+    python scripts/study.py scripts/studies/treepo.yaml --only flat_grpo fixed_8 --seeds 0 1 2 3 4
 
-The file has ``name``, ``overrides`` (of all runs) and ``variants`` (name: overrides). Run folders are
-``outputs/<name>.<variant>/<run id>``. A run that is finished is left alone and one that was cut
+The file has ``name``, ``overrides`` (of all runs) and ``variants`` (name: overrides). Run folders
+are ``outputs/<name>.<variant>/<run id>``. A run that is finished is left alone and one that was cut
 short goes on, so a study can be started again at any time. Afterwards draw it with
 ``scripts/compare_learning.py``.
 """
