@@ -170,7 +170,6 @@ class TrainConfig:
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         check_forks(self.algorithm, *strategy_settings(self))
-        check_group(self.algorithm, strategy_settings(self)[1])
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -269,7 +268,8 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
 
 
 def check_group(algorithm: AdvantageSettings, strategy: Any) -> None:
-    """A baseline of the other responses needs other responses, and different ones.
+    """A baseline of the other responses needs other responses, and different ones. (An evaluation
+    does not.)
 
     Raises:
         ValueError: there is one response a prompt, or all are the greedy one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treepo.cli import run_command, to_yaml
-from treepo.config import TrainConfig
+from treepo.config import TrainConfig, check_group, strategy_settings
 from treepo.names import check_names
 from treepo.sizes import derived_sizes
 
@@ -11,6 +11,7 @@ from treepo.sizes import derived_sizes
 def work(config: TrainConfig, dry_run: bool) -> None:
     """Check what can be checked at once, say what the settings amount to, then train."""
     check_names(config)
+    check_group(config.algorithm, strategy_settings(config)[1])
     sizes = derived_sizes(config)
     if dry_run:
         print(to_yaml(config))

@@ -16,6 +16,7 @@ from treepo.algorithm_settings import (
 from treepo.cli import compose
 from treepo.config import TrainConfig, check_levels
 from treepo.names import check_names
+from treepo.train import work as train_command
 
 ONE_PATH = ("rollout.initial_divergence_min=1", "rollout.initial_divergence_max=1")
 
@@ -149,8 +150,6 @@ def test_an_estimator_that_needs_forks_is_refused_where_there_are_none(overrides
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.n=1", *ONE_PATH], "with rollout.n=1 there is one: .*'reinforce_pp'"),
-        (["rollout.temperature=0"], "rollout.temperature=0.0 draws the same greedy response"),
         (["algorithm.adv_eps=inf"], "algorithm.adv_eps=inf: it must be a finite number"),
         (
             ["trainer.learner.policy_loss.kl_loss_coef=inf"],
@@ -162,11 +161,25 @@ def test_an_estimator_that_needs_forks_is_refused_where_there_are_none(overrides
         ),
     ],
 )
-def test_what_leaves_nothing_to_compare_or_is_no_number_is_refused(overrides, message):
+def test_a_setting_that_is_no_number_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         compose("train", TrainConfig, ["+experiment=quickstart", *overrides])
 
 
-def test_reinforce_pp_takes_one_response_a_prompt():
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.n=1", *ONE_PATH], "with rollout.n=1 there is one: .*'reinforce_pp'"),
+        (["rollout.temperature=0"], "rollout.temperature=0.0 draws the same greedy response"),
+    ],
+)
+def test_training_refuses_what_leaves_nothing_to_compare(overrides, message):
+    config = compose("train", TrainConfig, ["+experiment=quickstart", *overrides])
+    with pytest.raises(ValueError, match=message):
+        train_command(config, dry_run=True)
+
+
+def test_reinforce_pp_takes_one_response_a_prompt(capsys):
     overrides = ["+experiment=quickstart", "algorithm=reinforce_pp", "rollout.n=1", *ONE_PATH]
-    assert compose("train", TrainConfig, overrides).algorithm.adv_estimator == "reinforce_pp"
+    train_command(compose("train", TrainConfig, overrides), dry_run=True)
+    assert "24 = 24 prompts x 1" in capsys.readouterr().out
