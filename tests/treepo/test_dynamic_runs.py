@@ -31,6 +31,7 @@ def overrides(tmp_path: Path, total_steps: int) -> list[str]:
         "trainer.learner.optimizer.lr_warmup_steps=1",
         "trainer.keep_checkpoints=9",
         "algorithm=dynamic",
+        "algorithm.filter_groups_metric=score",
         "rollout.temperature=2.0",
         "data.size=24",
         "reward=custom",
