@@ -14,7 +14,7 @@ from treepo.tracking import read_rows
 pytestmark = pytest.mark.long
 
 OVERRIDES = (
-    "trainer.total_steps=6",
+    "trainer.total_steps=12",  # more than half of it left when a signal comes
     "trainer.save_freq=2",
     "trainer.keep_checkpoints=9",
     "trainer.learner.policy_loss.kl_loss_coef=0.01",  # a reference that is loaded anew
