@@ -7,24 +7,24 @@ and numpy, and at most 8 minutes. `generate_batch` has no trees: it draws the le
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from harness import (
     Gate,
+    GpuChoices,
     Options,
     Report,
     Spread,
     device_in_words,
     finish,
+    parse_gpu_args,
     print_table,
     run_paired,
     speedup,
@@ -38,32 +38,6 @@ from rollout import Engine, EngineSettings, ExtendSpec
 
 AIM = 0.6  # of the bound, for the largest shape
 OURS, PRIVATE, BATCH = "ours", "ours, no sharing", "generate_batch"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choices:
-    """What the command line asks for beside ``Options``."""
-
-    device: str
-    shapes: tuple[str, ...]
-
-
-def parse(argv: Sequence[str] | None) -> tuple[Options, Choices]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small version")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the script")
-    parser.add_argument("--shapes", nargs="+", choices=list(QWEN2), default=["0.5b", "1.5b", "7b"])
-    found = parser.parse_args(argv)
-    if torch.device(found.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "this benchmark needs a CUDA device and torch finds none; to try the script itself, "
-            "add: --device cpu --shapes tiny --quick"
-        )
-    return (
-        Options(quick=found.quick, json=found.json),
-        Choices(device=found.device, shapes=tuple(found.shapes)),
-    )
 
 
 def random_model(shape: str, device: str) -> PreTrainedModel:
@@ -228,7 +202,9 @@ def peer_run(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, choices = parse(argv)
+    options, choices = parse_gpu_args(
+        __doc__, argv, shapes=list(QWEN2), default=["0.5b", "1.5b", "7b"]
+    )
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     device = torch.device(choices.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -275,7 +251,7 @@ def _report(
     works: dict[str, Workload],
     machine: Machine,
     options: Options,
-    choices: Choices,
+    choices: GpuChoices,
 ) -> Report:
     largest = [name for name in found if name.startswith(choices.shapes[-1])]
     return Report(

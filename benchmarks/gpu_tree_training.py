@@ -9,77 +9,48 @@ and numpy, and at most 8 minutes.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from gpu_decode import random_model
 from harness import (
     Gate,
+    GpuChoices,
     Options,
     Report,
     Spread,
     device_in_words,
     finish,
+    parse_gpu_args,
     print_table,
     run_paired,
     speedup,
 )
+from training_trees import Workload, workloads
 from tree_training import (
     AIM,
     FLAT,
     MOST_NOISE,
     TREE,
-    Workload,
-    flat_rows,
     gradient_error,
     gradients,
     loss_of,
     peak_bytes,
-    workloads,
 )
 
 from trainers import attention
 from trainers.attention.flex import FlexMasks
 from trainers.batch import PackedBatch, on_device
 from trainers.model import PolicyModel
-from trainers.packing import pack_row
 
 # Of gradients against flat's, over a parameter's largest: bfloat16 rounds to 1/256 at each layer.
 MOST_GRADIENT_ERROR = {"bfloat16": 5e-2, "float32": 1e-4}
 SHAPES = ("tiny", "0.5b", "1.5b")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choices:
-    """What the command line asks for beside ``Options``."""
-
-    device: str
-    shapes: tuple[str, ...]
-
-
-def parse(argv: Sequence[str] | None) -> tuple[Options, Choices]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small version")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the script")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5b", "1.5b"])
-    found = parser.parse_args(argv)
-    if torch.device(found.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "this benchmark needs a CUDA device and torch finds none; to try the script itself, "
-            "add: --device cpu --shapes tiny --quick"
-        )
-    return (
-        Options(quick=found.quick, json=found.json),
-        Choices(device=found.device, shapes=tuple(found.shapes)),
-    )
 
 
 def gpu_workloads(quick: bool) -> dict[str, Workload]:
@@ -132,9 +103,8 @@ def measure(policy: PolicyModel, work: Workload, device: str, rounds: int) -> Fo
     """Tree and flat in turns."""
     on_gpu = torch.device(device).type == "cuda"
     synchronize: Callable[[], object] = torch.cuda.synchronize if on_gpu else lambda: None
-    trees = work.trees()
-    row = pack_row(trees)
-    rows = {TREE: [row], FLAT: flat_rows(work, trees)}
+    row = work.row()
+    rows = {TREE: [row], FLAT: work.flat_rows()}
     steps = {
         name: functools.partial(
             step, policy, [on_device(row, torch.device(device)) for row in rows[name]], kernel
@@ -174,7 +144,7 @@ def _peak_on_gpu(run: Callable[[], object], policy: PolicyModel) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, choices = parse(argv)
+    options, choices = parse_gpu_args(__doc__, argv, shapes=SHAPES, default=SHAPES[1:])
     attention.register()
     works = gpu_workloads(options.quick)
     rounds = 1 if options.quick else 3
@@ -219,7 +189,7 @@ def _report(
     works: dict[str, Workload],
     rounds: int,
     options: Options,
-    choices: Choices,
+    choices: GpuChoices,
 ) -> Report:
     speedups = {
         shape: {name: speedup(one.seconds, TREE, FLAT) for name, one in by_name.items()}

@@ -44,11 +44,50 @@ class Options:
 
 def parse_args(description: str | None, argv: Sequence[str] | None = None) -> Options:
     """Options of a benchmark; the first line of ``description`` (its docstring) is shown."""
-    parser = argparse.ArgumentParser(description=(description or "").strip().partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small version, within 60 seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    found = parser.parse_args(argv)
+    found = _parser(description, "a small version, within 60 seconds").parse_args(argv)
     return Options(quick=found.quick, json=found.json)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuChoices:
+    """What the command line of a GPU benchmark asks for beside ``Options``.
+
+    Attributes:
+        shapes: of models.
+    """
+
+    device: str
+    shapes: tuple[str, ...]
+
+
+def parse_gpu_args(
+    description: str | None,
+    argv: Sequence[str] | None,
+    *,
+    shapes: Sequence[str],
+    default: Sequence[str],
+) -> tuple[Options, GpuChoices]:
+    """The same of a benchmark that needs a GPU; ``shapes`` may be chosen, ``default`` are."""
+    parser = _parser(description, quick_help="a small version")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the script")
+    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(default))
+    found = parser.parse_args(argv)
+    if torch.device(found.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "this benchmark needs a CUDA device and torch finds none; to try the script itself, "
+            "add: --device cpu --shapes tiny --quick"
+        )
+    return (
+        Options(quick=found.quick, json=found.json),
+        GpuChoices(device=found.device, shapes=tuple(found.shapes)),
+    )
+
+
+def _parser(description: str | None, quick_help: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(description or "").strip().partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick_help)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    return parser
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

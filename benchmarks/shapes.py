@@ -49,42 +49,31 @@ QWEN2: dict[str, dict[str, Any]] = {
 }
 
 
-def qwen3_7m(*, dtype: str = "float32", max_position: int = 4096) -> PreTrainedModel:
+def qwen3_7m(*, dtype: str = "float32") -> PreTrainedModel:
     """6.8 million parameters; plain attention (sdpa)."""
-    config = Qwen3Config(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=max_position,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return _random(config, dtype)
+    return _qwen3(dtype, 256, vocab_size=8192, num_hidden_layers=6, head_dim=32)
 
 
 def qwen3_of_width(width: int, *, num_layers: int, vocab: int = 4096) -> PreTrainedModel:
     """A Qwen3 of ``width`` with heads of 64 numbers, two query heads a key head; float32."""
+    return _qwen3("float32", width, vocab_size=vocab, num_hidden_layers=num_layers, head_dim=64)
+
+
+def _qwen3(dtype: str, width: int, *, head_dim: int, **sizes: int) -> PreTrainedModel:
     config = Qwen3Config(
-        vocab_size=vocab,
         hidden_size=width,
         intermediate_size=3 * width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=width // (2 * head_dim),
+        head_dim=head_dim,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
+        **sizes,
     )
-    return _random(config, "float32")
+    return _random(config, dtype)
 
 
 def qwen2(

@@ -6,9 +6,7 @@ many tokens as the row has (so both may use the same memory), through the same m
 transformers' ``sdpa`` attention, which is causal and has no mask; head, loss and denominator are
 the same. Both give the same gradient, which is compared.
 
-A workload is ``(number of nodes, tokens each)`` by level; all leaves' paths are equally long. With
-``n_k`` nodes of ``s_k`` tokens at level k and w leaves, a tree has ``sum n_k s_k`` tokens and its
-paths ``w sum s_k``: their quotient is the token ratio.
+For the workloads and their token ratios see ``training_trees.py``.
 """
 
 from __future__ import annotations
@@ -35,182 +33,29 @@ from harness import (
 )
 from shapes import qwen3_of_width
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_trees import Workload, workloads
 from transformers import PreTrainedModel
 
 from trainers import attention
 from trainers.attention.nodes import make_plan
-from trainers.batch import PackedBatch, TokenTree
-from trainers.losses import POLICY_LOSSES, TrainedTokens
+from trainers.batch import PackedBatch
+from trainers.losses import POLICY_LOSSES, trained_tokens
 from trainers.model import PolicyModel
-from trainers.packing import pack_row, total_weight
 from trainers.settings import PolicyLossSettings
 
 VOCABULARY = 4096
-IDS = 512  # that occur, so that rows fit every model
 TREE, FLAT, AGAIN = "tree", "flat", "flat again"
 AIM = 0.8  # of the token ratio, from width 512 on
 MOST_NOISE = 0.02  # that the gate on time without sharing allows for
 SETTINGS = PolicyLossSettings()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """``num_trees`` trees in a row; ``levels``: (nodes of a tree, tokens of each)."""
-
-    levels: tuple[tuple[int, int], ...]
-    num_trees: int
-
-    @property
-    def path_length(self) -> int:
-        return sum(tokens for _, tokens in self.levels)
-
-    @property
-    def num_leaves(self) -> int:
-        return self.num_trees * self.levels[-1][0]
-
-    @property
-    def tree_tokens(self) -> int:
-        return self.num_trees * sum(count * tokens for count, tokens in self.levels)
-
-    @property
-    def flat_tokens(self) -> int:
-        return self.num_leaves * self.path_length
-
-    @property
-    def token_ratio(self) -> float:
-        return self.flat_tokens / self.tree_tokens
-
-    @property
-    def tree_pairs(self) -> int:
-        """Visible query-key pairs of a layer: a token at depth d sees d."""
-        pairs = depth = 0
-        for count, tokens in self.levels:
-            pairs += count * (tokens * depth + tokens * (tokens + 1) // 2)
-            depth += tokens
-        return self.num_trees * pairs
-
-    @property
-    def flat_pairs(self) -> int:
-        return self.num_leaves * self.path_length * (self.path_length + 1) // 2
-
-    def tree(self, seed: int) -> TokenTree:
-        """One tree with random tokens and advantages; all tokens but the first are trained."""
-        return _Grower(self.levels, torch.Generator().manual_seed(seed)).tree()
-
-    def trees(self) -> list[TokenTree]:
-        return [self.tree(seed) for seed in range(self.num_trees)]
-
-
-class _Grower:
-    """Builds a tree's tensors in depth-first order."""
-
-    def __init__(self, levels: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
-        self.levels = levels
-        self.generator = generator
-        self.parent: list[int] = []
-        self.depth: list[int] = []
-        self.until: list[int] = []
-        self.leaf_token: list[int] = []
-
-    def tree(self) -> TokenTree:
-        for _ in range(self.levels[0][0]):
-            self._grow(0, -1, 0)
-        count, num_leaves = len(self.parent), len(self.leaf_token)
-        leaf_advantage = torch.randn(num_leaves, generator=self.generator)
-        pos, neg, weight = torch.zeros(count), torch.zeros(count), torch.zeros(count)
-        for token, advantage in zip(self.leaf_token, leaf_advantage, strict=True):
-            while token >= 0:
-                pos[token] += advantage.clamp(min=0)
-                neg[token] += advantage.clamp(max=0)
-                weight[token] += 1
-                token = self.parent[token]
-        for values in (pos, neg, weight):
-            values[0] = 0  # nothing predicts it
-        zeros = torch.zeros(count)
-        length = self.depth[self.leaf_token[0]]
-        return TokenTree(
-            token_ids=torch.randint(IDS, (count,), generator=self.generator),
-            position_ids=torch.tensor(self.depth),
-            visible_until=torch.tensor(self.until),
-            predictor=torch.tensor(self.parent),
-            advantage_pos=pos,
-            advantage_neg=neg,
-            weight=weight,
-            behaviour_logprobs=zeros,
-            sampling_logprobs=zeros,
-            temperature=torch.ones(count),
-            policy_version=torch.zeros(count, dtype=torch.int64),
-            leaf_token=torch.tensor(self.leaf_token),
-            leaf_advantage=leaf_advantage,
-            leaf_weight=torch.ones(num_leaves),
-            leaf_num_tokens=torch.full((num_leaves,), length),
-            leaf_reward=(leaf_advantage > 0).float(),
-        )
-
-    def _grow(self, level: int, parent: int, depth: int) -> None:
-        first = len(self.parent)
-        tokens = self.levels[level][1]
-        for _ in range(tokens):
-            self.parent.append(parent)
-            self.depth.append(depth)
-            self.until.append(-1)
-            parent, depth = len(self.parent) - 1, depth + 1
-        if level + 1 == len(self.levels):
-            self.leaf_token.append(parent)
-        else:
-            for _ in range(self.levels[level + 1][0] // self.levels[level][0]):
-                self._grow(level + 1, parent, depth)
-        self.until[first : first + tokens] = [len(self.parent)] * tokens
-
-
-def paths_of(tree: TokenTree) -> list[TokenTree]:
-    """Each leaf's path as a tree with one leaf."""
-    paths = []
-    for number, leaf in enumerate(tree.leaf_token.tolist()):
-        index = [leaf]
-        while (above := int(tree.predictor[index[-1]])) >= 0:
-            index.append(above)
-        at = torch.tensor(index[::-1])
-        count, advantage = len(at), tree.leaf_advantage[number]
-        weight = torch.ones(count)
-        weight[0] = 0
-        paths.append(
-            TokenTree(
-                token_ids=tree.token_ids[at],
-                position_ids=tree.position_ids[at],
-                visible_until=torch.full((count,), count),
-                predictor=torch.arange(count) - 1,
-                advantage_pos=weight * advantage.clamp(min=0),
-                advantage_neg=weight * advantage.clamp(max=0),
-                weight=weight,
-                behaviour_logprobs=tree.behaviour_logprobs[at],
-                sampling_logprobs=tree.sampling_logprobs[at],
-                temperature=tree.temperature[at],
-                policy_version=tree.policy_version[at],
-                leaf_token=torch.tensor([count - 1]),
-                leaf_advantage=advantage[None],
-                leaf_weight=torch.ones(1),
-                leaf_num_tokens=torch.tensor([count - 1]),
-                leaf_reward=tree.leaf_reward[number][None],
-            )
-        )
-    return paths
-
-
 def loss_of(row: PackedBatch, logprobs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The clipped loss of the row's trained tokens ``index``, as the learner computes it for
     tokens that these weights sampled.
     """
-    tokens = TrainedTokens(
-        logprobs=logprobs,
-        entropy=torch.zeros_like(logprobs),
-        old_logprobs=logprobs.detach(),
-        advantage_pos=row.advantage_pos[index],
-        advantage_neg=row.advantage_neg[index],
-        weight=row.weight[index],
-        index=index,
-        batch=row,
-    )
+    nothing = torch.zeros_like(logprobs)
+    tokens = trained_tokens(row, index, logprobs, nothing, old_logprobs=logprobs.detach())
     return POLICY_LOSSES.get(SETTINGS.name)(tokens, SETTINGS).loss.sum() / row.denominator
 
 
@@ -237,14 +82,6 @@ def flat_step(policy: PolicyModel, rows: Sequence[PackedBatch], length: int) -> 
         hidden = output[row.predictor[index]]
         logprobs, _ = policy.head(hidden, row.token_ids[index], row.temperature[index])
         loss_of(row, logprobs, index).backward()
-
-
-def flat_rows(work: Workload, trees: Sequence[TokenTree]) -> list[PackedBatch]:
-    """All paths, as many to a row as the trees' row has tokens; the trees' denominator."""
-    paths = [path for tree in trees for path in paths_of(tree)]
-    each = max(1, work.tree_tokens // work.path_length)
-    denominator = total_weight(trees)
-    return [pack_row(paths[at : at + each], denominator) for at in range(0, len(paths), each)]
 
 
 def gradient_error(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
@@ -305,26 +142,6 @@ def peak_bytes(step: Callable[[], object], policy: PolicyModel) -> int:
     return memory.peak
 
 
-def workloads(quick: bool) -> dict[str, Workload]:
-    """By token ratio; paths of 512 tokens and about 4,096 tokens a row, an eighth if ``quick``."""
-    full = {
-        "1": Workload(num_trees=8, levels=((1, 512),)),
-        "1.5": Workload(num_trees=6, levels=((1, 344), (2, 168))),
-        "2": Workload(num_trees=4, levels=((1, 256), (2, 128), (4, 128))),
-        "4": Workload(num_trees=2, levels=((1, 192), (2, 96), (4, 128), (8, 48), (16, 48))),
-        "8": Workload(num_trees=4, levels=((1, 384), (2, 64), (4, 32), (8, 16), (16, 16))),
-    }
-    if not quick:
-        return full
-    return {
-        name: Workload(
-            num_trees=max(1, work.num_trees // 2),
-            levels=tuple((count, tokens // 8) for count, tokens in work.levels),
-        )
-        for name, work in full.items()
-    }
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
     """What one workload on one model took."""
@@ -337,8 +154,7 @@ class Found:
 
 def measure(policy: PolicyModel, work: Workload, rounds: int) -> Found:
     """Tree and flat in turns; without sharing flat a second time, which shows the noise."""
-    trees = work.trees()
-    row, rows = pack_row(trees), flat_rows(work, trees)
+    row, rows = work.row(), work.flat_rows()
     found: dict[str, list[torch.Tensor]] = {}
 
     def tree() -> None:

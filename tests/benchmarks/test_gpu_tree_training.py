@@ -11,7 +11,7 @@ import gpu_tree_training
 import pytest
 import torch
 from gpu_tree_training import FLAT, TREE, kernels, measure
-from tree_training import Workload
+from training_trees import Workload
 
 from trainers.attention.flex import BLOCK
 

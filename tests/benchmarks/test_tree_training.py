@@ -7,7 +7,8 @@ import pytest
 import torch
 import tree_training
 from shapes import qwen3_of_width
-from tree_training import PeakMemory, Workload
+from training_trees import Workload, workloads
+from tree_training import PeakMemory
 
 from trainers import attention
 from trainers.attention.nodes import make_plan
@@ -27,17 +28,17 @@ def test_counts_are_those_worked_out_by_hand():
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_workloads_have_the_token_ratios_of_their_names(quick):
-    for name, work in tree_training.workloads(quick).items():
+    for name, work in workloads(quick).items():
         assert work.token_ratio == pytest.approx(float(name), rel=0.02)
         assert quick or abs(work.tree_tokens - 4096) <= 16
 
 
 @pytest.mark.parametrize("name", ["1", "1.5", "2", "4", "8"])
 def test_a_row_s_tensors_and_its_calls_have_the_counted_tokens_and_pairs(name):
-    work = tree_training.workloads(True)[name]
+    work = workloads(True)[name]
     trees = work.trees()
     assert sum(tree.num_tokens for tree in trees) == work.tree_tokens
-    paths = [path for tree in trees for path in tree_training.paths_of(tree)]
+    paths = work.paths()
     assert sum(path.num_tokens for path in paths) == work.flat_tokens
     assert {path.num_tokens for path in paths} == {work.path_length}
     plan = make_plan(torch.cat([pack_row([tree]).visible_until for tree in trees[:1]]).numpy())
@@ -54,10 +55,9 @@ def test_both_sides_leave_the_same_gradients():
     attention.register()
     model = qwen3_of_width(128, num_layers=1, vocab=tree_training.VOCABULARY).train()
     policy = PolicyModel(model)
-    trees = SMALL.trees()
-    rows = tree_training.flat_rows(SMALL, trees)
+    rows = SMALL.flat_rows()
     assert len(rows) == 2  # four paths of nine tokens to a row of 36
-    tree_training.tree_step(policy, pack_row(trees))
+    tree_training.tree_step(policy, SMALL.row())
     ours = tree_training.gradients(model)
     tree_training.flat_step(policy, rows, SMALL.path_length)
     theirs = tree_training.gradients(model)
