@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rollout.attention.base import LayerVariant
 from rollout.fused_layers import Angles, DecoderLayer, Form, FusedForward
 from rollout.linear import can_pack
+from rollout.support import CODE_ERRORS
 
 _ROW_SIZES = (1e-5, 1e-3, 1.0, 1.0, 50.0, 1.0)
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}  # of a row's maximum
@@ -29,17 +30,6 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
-
-# What a family's code may raise when it is called in a way that is not its own.
-_CODE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def fuse_decoder_layers(model: PreTrainedModel, last_position: int | None = None) -> None:
@@ -122,7 +112,7 @@ def _arguments(
     try:
         with torch.inference_mode():
             model(input_ids=ids, position_ids=positions, use_cache=False, tree=_Recorder())
-    except _CODE_ERRORS:  # the load probe says what is wrong
+    except CODE_ERRORS:  # the load probe says what is wrong
         return {}
     finally:
         for hook in hooks:
@@ -134,7 +124,7 @@ def _form(layer: DecoderLayer, arguments: dict[str, Any]) -> Form | None:
     """What the layer hands to attention, if it is of a form that can be fused."""
     try:
         _, got = _trial(layer.__call__, _rows(layer), arguments)
-    except _CODE_ERRORS:  # it cannot be called alone
+    except CODE_ERRORS:  # it cannot be called alone
         return None
     if len(got) != 1:
         return None
@@ -186,7 +176,7 @@ def _agree(fused: FusedForward, layer: DecoderLayer, arguments: dict[str, Any]) 
     try:
         expected, given = _trial(layer.__call__, rows, arguments)
         found, taken = _trial(fused, rows, arguments)
-    except _CODE_ERRORS:
+    except CODE_ERRORS:
         return False
     if type(expected) is not torch.Tensor or len(given) != 1 or len(taken) != 1:
         return False

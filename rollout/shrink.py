@@ -14,23 +14,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rollout.linear import use_float64_experts
+from rollout.support import CODE_ERRORS
 
 WINDOW = 8
 VOCABULARY = 61
 _WIDTH = 64
 _INNER = 48
 _MOST_LAYERS = 8
-
-# What a family's code may raise for a configuration that is not its own.
-_CODE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 # Configuration fields by what they mean; every family uses some of them.
 _INNER_FIELDS = (
@@ -63,7 +53,7 @@ def shrunk_model(model: PreTrainedModel, dtype: torch.dtype, seed: int = 0) -> P
     """
     try:
         return _shrunk_model(model, dtype, seed)
-    except _CODE_ERRORS as error:
+    except CODE_ERRORS as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

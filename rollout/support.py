@@ -10,6 +10,17 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+# What a family's code may raise for a configuration or a call that is not its own.
+CODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 _ADVICE = (
     "Choose a model whose tokens meet in causal attention alone (such as llama, qwen3, mistral, "
     "gemma3, gpt_oss, deepseek_v3)"

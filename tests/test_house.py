@@ -29,7 +29,7 @@ HOMES = {
     "math_verify": ("rewards/math.py",),
     "reasoning_gym": ("rewards/reasoning_gym.py", "treepo/data.py"),
     "triton": ("rollout/attention/triton_tree.py",),
-    "flash_attn": ("rollout/attention/flash.py", "trainers/attention/flash.py"),
+    "flash_attn": ("treepo/base/flash_varlen.py",),
 }
 # Besides the standard library and what has a home above; None: anything.
 THIRD_PARTY = {

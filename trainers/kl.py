@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import torch
 
-LARGEST_LOG_RATIO = 20.0  # of reference to policy
+# Logarithms of ratios of probabilities are kept below: exp of more than 88 overflows in float32,
+# and where a clip follows its gradient would be 0 times infinity.
+LARGEST_LOG_RATIO = 20.0
 
 
 def kl_terms(
@@ -30,5 +32,4 @@ def kl_terms(
     if kind == "k2":
         return difference.square() / 2
     assert kind == "k3", kind
-    # Bounded, so that a token the policy has all but given up does not overflow.
     return torch.expm1((-difference).clamp(max=LARGEST_LOG_RATIO)) + difference

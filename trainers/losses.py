@@ -20,12 +20,9 @@ from dataclasses import dataclass, field
 import torch
 
 from trainers.batch import PackedBatch
+from trainers.kl import LARGEST_LOG_RATIO
 from trainers.path_sums import path_sums
 from trainers.settings import POLICY_LOSSES, PolicyLossSettings
-
-# Logarithms of ratios are kept below: exp of more than 88 overflows in float32, and where a clip
-# follows its gradient would be 0 times infinity.
-LARGEST_LOG_RATIO = 20.0
 
 __all__ = ["POLICY_LOSSES", "PolicyLoss", "LossTerms", "TrainedTokens"]
 

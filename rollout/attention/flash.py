@@ -7,9 +7,8 @@ block's own span, which is causal with its corner at the bottom right, another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +17,7 @@ from rollout.attention.base import LayerVariant
 from rollout.attention.merge import MergeTable, merge_partials
 from rollout.attention.spans import Span
 from rollout.attention.work_list import SpanTable
-
-MAX_HEAD_DIM = 256  # of the kernel
-
-# flash_attn.flash_attn_varlen_func, or a function of its signature
-Varlen = Callable[..., Any]
-
-
-def load_varlen() -> Varlen:
-    """The kernel.
-
-    Raises:
-        ImportError: flash-attn is not installed.
-    """
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func
+from treepo.base.flash_varlen import MAX_HEAD_DIM, Varlen, load_varlen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 
 import numpy as np
 import pytest
 import torch
+from attention_doubles import seem_installed
 from tiny_models import path_logprobs, tiny_model
 
 from rollout.attention import choose
@@ -24,15 +25,8 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 def installed(monkeypatch):
     """Says which libraries are to seem installed."""
 
-    def pretend(*names):
-        real = importlib.util.find_spec
-        seems = {"triton": "triton" in names, "flash_attn": "flash_attn" in names}
-        monkeypatch.setattr(
-            choose, "find_spec", lambda name: seems[name] or None if name in seems else real(name)
-        )
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-    return pretend
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return functools.partial(seem_installed, monkeypatch, choose)
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_torch_operations_elsewhere(installed):

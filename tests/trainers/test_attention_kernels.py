@@ -4,13 +4,14 @@ the plain function it is uncompiled, varlen as its documentation describes it.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
 import random
 
 import numpy as np
 import pytest
 import torch
+from attention_doubles import documented_varlen, seem_installed
 from test_attention_plan import context_of, dense_mask, row_of, states_of
 from token_trees import random_tree, save_tiny_model, token_tree
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -163,42 +164,6 @@ def test_with_a_window_blocks_hold_all_visible_pairs_and_whole_ones_nothing_else
         assert some.sum() < without.sum()
 
 
-def documented_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-):
-    """What flash_attn_varlen_func's documentation says of equal queries and keys."""
-    assert dropout_p == 0.0 and causal and not return_attn_probs
-    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    lengths = cu_seqlens_q.diff()
-    assert max_seqlen_q == max_seqlen_k == lengths.max() and cu_seqlens_q[-1] == len(q) == len(k)
-    outputs = []
-    for start, end in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True):
-        rows, keys, values = (t[start:end].transpose(0, 1)[None] for t in (q, k, v))
-        away = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        left, right = window_size
-        visible = away >= (0 if right < 0 else -min(right, 0))
-        if left >= 0:
-            visible &= away <= left
-        variant = Variant(scaling=softmax_scale, softcap=softcap or None)
-        outputs.append(dense_attention(rows, keys, values, visible, variant)[0])
-    return torch.cat(outputs)
-
-
 @pytest.mark.parametrize("changes", [{}, {"window": 1}, {"window": 6}, {"softcap": 2.0}])
 @pytest.mark.parametrize("lengths", [[5, 16, 1, 9], [24], [3, 3, 2]])
 def test_the_varlen_kernel_gets_the_row_s_sequences(lengths, changes):
@@ -220,14 +185,7 @@ def test_ends_are_sums_of_the_lengths():
 def installed(monkeypatch):
     """Says which libraries are to seem installed."""
 
-    def pretend(*names):
-        real = importlib.util.find_spec
-        seems = {"triton": "triton" in names, "flash_attn": "flash_attn" in names}
-        monkeypatch.setattr(
-            choose, "find_spec", lambda name: seems[name] or None if name in seems else real(name)
-        )
-
-    return pretend
+    return functools.partial(seem_installed, monkeypatch, choose)
 
 
 class Seeming:

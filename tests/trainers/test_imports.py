@@ -2,34 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from bare_machine import load_all_and_run
 
-ROOT = Path(__file__).resolve().parents[2]
-ABSENT = (
-    "ray",
-    "deepspeed",
-    "hydra",
-    "omegaconf",
-    "wandb",
-    "datasets",
-    "flash_attn",
-    "triton",
-    "math_verify",
-    "reasoning_gym",
-)
-WITHOUT_THEM = f"""
-import importlib, sys
-for name in {ABSENT}:
-    sys.modules[name] = None  # an import of it raises ImportError
-from pathlib import Path
-for path in sorted(Path("trainers").rglob("*.py")):
-    if path.name not in ("learner.py", "worker.py"):
-        parts = path.with_suffix("").parts
-        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        importlib.import_module(module)
-        print(module)
+TRAINS = """
 import torch, transformers
 from trainers import attention
 from trainers.model import PolicyModel
@@ -47,10 +22,6 @@ print("trained")
 
 
 def test_all_of_trainers_but_learner_and_worker_loads_and_trains_where_nothing_else_is_installed():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THEM], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    modules = done.stdout.split()
-    assert "trainers.attention.flex" in modules and "trainers.packing" in modules
-    assert len(modules) > 15 and modules[-1] == "trained"
+    printed = load_all_and_run("trainers", TRAINS, but=("learner.py", "worker.py"))
+    assert "trainers.attention.flex" in printed and "trainers.packing" in printed
+    assert len(printed) > 15 and printed[-1] == "trained"

@@ -6,27 +6,12 @@ import json
 from collections import Counter
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from some_problems import problems
 
-from treepo.data import Problem
 from treepo.data_order import DataPosition, ProblemOrder, shuffle
-
-
-def problems(size: int) -> list[Problem]:
-    return [
-        Problem(
-            id=f"p:{i}",
-            prompt_token_ids=np.array([i], dtype=np.int32),
-            data_source="s",
-            ground_truth=None,
-            extra_info={},
-            prompt_text=str(i),
-        )
-        for i in range(size)
-    ]
 
 
 @given(

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_runs import run, start
+from training_runs import num_rows, run, start, wait_for
 
 from treepo.tracking import read_rows
 
@@ -85,11 +84,7 @@ def test_a_run_with_further_batches_is_resumed_to_the_same_weights(tmp_path):
     done = run(whole, *settings)
     assert done.returncode == 0, done.stderr
     process = start(cut, *settings)
-    deadline = time.monotonic() + 240
-    while not (cut / "latest").exists() or len(read_rows(cut / "latest" / "metrics.jsonl")) < 5:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: num_rows(cut) > 4, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     done = run(cut, *settings)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scored_trees import build, verdict
+from some_problems import problems
 
 from rollout.metrics import CostLedger
 from treepo.algorithm_settings import AdvantageSettings
@@ -21,20 +22,6 @@ from treepo.data_order import DataPosition, ProblemOrder, shuffle
 from treepo.dynamic_sampling import GenBatch, further_prompts, gather
 from treepo.sizes import derived_sizes
 from treepo.step import make_prompts
-
-
-def problems(size: int) -> list[Problem]:
-    return [
-        Problem(
-            id=f"p:{i}",
-            prompt_token_ids=np.array([i], dtype=np.int32),
-            data_source="s",
-            ground_truth=None,
-            extra_info={},
-            prompt_text=str(i),
-        )
-        for i in range(size)
-    ]
 
 
 def sampler(has_signal):

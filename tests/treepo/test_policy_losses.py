@@ -43,7 +43,7 @@ def test_the_supervised_loss_is_refused_in_training_by_rewards_and_kept_for_sft(
 
 
 THEIRS = """
-from trainers.losses import gspo
+from trainers.losses import gspo, nll, ppo_clip
 from trainers.settings import has_traits
 
 @has_traits(is_sequence_level=True, clip_ratio_low=3e-4, clip_ratio_high=4e-4)
@@ -52,10 +52,10 @@ def of_responses(tokens, settings):
 
 @has_traits(uses_advantages=False)
 def imitate(tokens, settings):
-    raise NotImplementedError
+    return nll(tokens, settings)
 
 def of_tokens(tokens, settings):
-    raise NotImplementedError
+    return ppo_clip(tokens, settings)
 """
 
 

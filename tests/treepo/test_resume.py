@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from training_runs import run, start
+from training_runs import num_rows, run, start, wait_for
 
 from treepo.tracking import read_rows
 
@@ -19,20 +18,6 @@ OVERRIDES = (
     "trainer.keep_checkpoints=9",
     "trainer.learner.policy_loss.kl_loss_coef=0.01",  # a reference that is loaded anew
 )
-
-
-def wait_for(condition, process, seconds: float = 240) -> None:
-    """Poll until ``condition()``; fail if the process ends or time runs out first."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the run did not get there in time"
-        time.sleep(0.02)
-
-
-def num_rows(outputs: Path) -> int:
-    """Rows written so far, that of the evaluation before training included."""
-    return len(read_rows(outputs / "latest" / "metrics.jsonl"))
 
 
 @pytest.fixture(scope="module")

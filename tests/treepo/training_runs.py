@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from treepo.tracking import read_rows
 
 SMALL = [
     "+experiment=quickstart",
@@ -51,3 +54,17 @@ def run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         timeout=280,
         env={**os.environ, "COLUMNS": "200"},
     )
+
+
+def wait_for(condition, process, seconds: float = 240) -> None:
+    """Poll until ``condition()``; fail if the process ends or time runs out first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.02)
+
+
+def num_rows(outputs: Path) -> int:
+    """Rows written so far, that of the evaluation before training included."""
+    return len(read_rows(outputs / "latest" / "metrics.jsonl"))

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from trainers.attention.flash import MAX_HEAD_DIM
+from treepo.base.flash_varlen import MAX_HEAD_DIM
 
 
 def check_attention(requested: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from trainers.attention.variant import Variant
-
-MAX_HEAD_DIM = 256  # of the kernel
-
-# flash_attn.flash_attn_varlen_func, or a function of its signature
-Varlen = Callable[..., Any]
-
-
-def load_varlen() -> Varlen:
-    """The kernel.
-
-    Raises:
-        ImportError: flash-attn is not installed.
-    """
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func
+from treepo.base.flash_varlen import Varlen, load_varlen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
