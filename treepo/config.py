@@ -166,10 +166,11 @@ class TrainConfig:
                 f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
                 "train on; lower the one or raise the other"
             )
-        self._check_lengths()
+        name, strategy = strategy_settings(self)
+        self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
-        check_forks(self.algorithm, *strategy_settings(self))
+        check_forks(self.algorithm, name, strategy)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -178,8 +179,7 @@ class TrainConfig:
                 f"{updates} updates: lower it, or raise trainer.total_steps"
             )
 
-    def _check_lengths(self) -> None:
-        _, strategy = strategy_settings(self)
+    def _check_lengths(self, strategy: Any) -> None:
         path = self.max_prompt_length + strategy.max_response_length
         if path > self.engine.num_kv_slots:
             raise ValueError(
