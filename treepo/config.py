@@ -17,9 +17,8 @@ from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, l
 from treepo.algorithm_settings import (
     ESTIMATOR_TRAITS,
     AdvantageSettings,
-    is_node_level,
+    estimator_traits,
     leaf_level_estimators,
-    needs_forks,
 )
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
@@ -222,7 +221,8 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
     Raises:
         ValueError: the estimator gives a response's segments different ones.
     """
-    if is_sequence_level(policy_loss) and is_node_level(algorithm.adv_estimator):
+    node_level = estimator_traits(algorithm.adv_estimator).is_node_level
+    if is_sequence_level(policy_loss) and node_level:
         raise ValueError(
             f"trainer.learner.policy_loss.name={policy_loss!r} needs one advantage a response, but "
             f"algorithm.adv_estimator={algorithm.adv_estimator!r} gives each segment its own: "
@@ -251,7 +251,7 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
     Raises:
         ValueError: the rollout makes none, so that every advantage would be 0.
     """
-    if not needs_forks(algorithm.adv_estimator):
+    if not estimator_traits(algorithm.adv_estimator).needs_forks:
         return
     divergence = getattr(strategy, "initial_divergence_min", 0)
     if strategy_name != "flat" and divergence < strategy.n:

@@ -23,9 +23,8 @@ from treepo.advantages import (
     sum_over_leaves_below,
 )
 from treepo.advantages.trees import fork_above, mean_over_leaves, num_leaves_below, run_starts
-from treepo.algorithm_settings import ESTIMATOR_TRAITS, AdvantageSettings, is_node_level
+from treepo.algorithm_settings import ESTIMATOR_TRAITS, AdvantageSettings
 
-NODE_LEVEL = [name for name in ESTIMATOR_TRAITS if is_node_level(name)]
 SEEDS = range(8)
 
 
