@@ -41,12 +41,7 @@ from trainers.packing import pack_row, path_tree  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
 from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
 from trainers.weight_sync import Publication, prepare  # noqa: E402
-from treepo.base.digest import (  # noqa: E402
-    WeightManifest,
-    combine_digests,
-    manifest_of,
-    tensor_digests,
-)
+from treepo.base.digest import combine_digests, tensor_digests  # noqa: E402
 
 _TAG = "weights_and_optimizer"
 _META = "learner.json"
@@ -157,16 +152,15 @@ class Learner:
 
     def publication(self, dtype: str) -> Publication:
         """The weights as engines of ``dtype`` must hold them."""
-        return prepare(self.state_tensors()[0], dtype)
+        return prepare(self.state_tensors(), dtype)
 
-    def state_tensors(self) -> tuple[dict[str, torch.Tensor], WeightManifest]:
+    def state_tensors(self) -> dict[str, torch.Tensor]:
         """All weights and persistent buffers as the engine stores them, by the names of the model's
-        ``state_dict`` (tied names share storage), and their manifest. They may be the live weights:
-        read them before the next update, and don't write to them.
+        ``state_dict`` (tied names share storage). They may be the live weights: read them before
+        the next update, and don't write to them.
         """
         with self._gathered() as state:
-            tensors = _copy_keeping_ties(state) if self._sharded else state
-        return tensors, manifest_of(tensors)
+            return _copy_keeping_ties(state) if self._sharded else state
 
     def digest(self) -> str:
         """64-bit digest (16 hex digits) of :meth:`state_tensors`."""

@@ -34,8 +34,7 @@ class MetricSums:
 
     def add_difference(self, name: str, values: torch.Tensor) -> None:
         """Values a token [M], reported as ``name_mean`` and ``name_max`` over tokens."""
-        self._add(f"{name}_mean", values.double().sum())
-        self._add(f"_{name}_tokens", torch.tensor(float(len(values)), dtype=torch.float64))
+        self._add_means({f"{name}_mean": values}, torch.ones_like(values), f"_{name}_tokens")
         largest = values.max().double() if len(values) else torch.zeros((), dtype=torch.float64)
         name = f"{name}_max"
         self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
@@ -60,8 +59,6 @@ class MetricSums:
             if name in self._weight_of:
                 weight = sums[self._weight_of[name]]
                 metrics[name] = total / weight if weight else 0.0
-            elif (tokens := f"_{name.removesuffix('_mean')}_tokens") in sums:
-                metrics[name] = total / sums[tokens] if sums[tokens] else 0.0
             else:
                 metrics[name] = total / num_updates
         metrics.update(zip(maxima, largest, strict=True))

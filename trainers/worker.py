@@ -51,9 +51,6 @@ class LearnerWorker:
     def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
         return self.learner.update(mini_batches)
 
-    def logprobs(self, batches: Sequence[PackedBatch]) -> list[Any]:
-        return self.learner.logprobs(batches)
-
     def score_paths(self, paths: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self.learner.score_paths(paths)
 
@@ -96,7 +93,7 @@ class LearnerWorker:
         """
         from trainers.weight_sender import send_weights
 
-        tensors, _ = self.learner.state_tensors()
+        tensors = self.learner.state_tensors()
         return {} if self.rank else send_weights(self._weight_group, version, tensors, dtype)
 
     def digest(self) -> str:
@@ -110,9 +107,6 @@ class LearnerWorker:
 
     def export_hf(self, folder: str) -> None:
         self.learner.export_hf(folder)
-
-    def close(self) -> None:
-        self.learner.close()
 
 
 def free_port(host: str = "") -> int:

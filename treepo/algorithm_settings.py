@@ -68,18 +68,11 @@ ADVANTAGES: Registry[Any] = Registry(
 _OF_USERS = _by_leaf("tree")
 
 
-def is_node_level(adv_estimator: str) -> bool:
-    """Whether the estimator gives the segments of a response different advantages. A user's own
-    counts as one that doesn't.
+def estimator_traits(name: str) -> EstimatorTraits:
+    """Of an advantage estimator by name; a user's own counts as one that gives a response one
+    advantage, on any tree.
     """
-    return ESTIMATOR_TRAITS.get(adv_estimator, _OF_USERS).is_node_level
-
-
-def needs_forks(adv_estimator: str) -> bool:
-    """Whether the estimator compares none but responses that share a segment below the prompt. A
-    user's own counts as one that doesn't.
-    """
-    return ESTIMATOR_TRAITS.get(adv_estimator, _OF_USERS).needs_forks
+    return ESTIMATOR_TRAITS.get(name, _OF_USERS)
 
 
 def leaf_level_estimators() -> list[str]:
@@ -155,14 +148,11 @@ class AdvantageSettings:
         """The normalisation in force, with 'auto' and ``norm_adv_by_std_in_grpo`` resolved."""
         if not self.norm_adv_by_std_in_grpo:
             return "none"
-        return self._traits.auto if self.normalisation == "auto" else self.normalisation
-
-    @property
-    def _traits(self) -> EstimatorTraits:
-        return ESTIMATOR_TRAITS.get(self.adv_estimator, _OF_USERS)
+        auto = estimator_traits(self.adv_estimator).auto
+        return auto if self.normalisation == "auto" else self.normalisation
 
     def _check_normalisation(self) -> None:
-        traits = self._traits
+        traits = estimator_traits(self.adv_estimator)
         if self.normalisation not in ("auto", *traits.uses):
             raise ValueError(
                 f"algorithm.normalisation={self.normalisation!r} is not used by "

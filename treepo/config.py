@@ -17,9 +17,8 @@ from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, l
 from treepo.algorithm_settings import (
     ESTIMATOR_TRAITS,
     AdvantageSettings,
-    is_node_level,
+    estimator_traits,
     leaf_level_estimators,
-    needs_forks,
 )
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
@@ -166,10 +165,11 @@ class TrainConfig:
                 f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
                 "train on; lower the one or raise the other"
             )
-        self._check_lengths()
+        name, strategy = strategy_settings(self)
+        self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
-        check_forks(self.algorithm, *strategy_settings(self))
+        check_forks(self.algorithm, name, strategy)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -178,8 +178,7 @@ class TrainConfig:
                 f"{updates} updates: lower it, or raise trainer.total_steps"
             )
 
-    def _check_lengths(self) -> None:
-        _, strategy = strategy_settings(self)
+    def _check_lengths(self, strategy: Any) -> None:
         path = self.max_prompt_length + strategy.max_response_length
         if path > self.engine.num_kv_slots:
             raise ValueError(
@@ -222,7 +221,8 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
     Raises:
         ValueError: the estimator gives a response's segments different ones.
     """
-    if is_sequence_level(policy_loss) and is_node_level(algorithm.adv_estimator):
+    node_level = estimator_traits(algorithm.adv_estimator).is_node_level
+    if is_sequence_level(policy_loss) and node_level:
         raise ValueError(
             f"trainer.learner.policy_loss.name={policy_loss!r} needs one advantage a response, but "
             f"algorithm.adv_estimator={algorithm.adv_estimator!r} gives each segment its own: "
@@ -251,7 +251,7 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
     Raises:
         ValueError: the rollout makes none, so that every advantage would be 0.
     """
-    if not needs_forks(algorithm.adv_estimator):
+    if not estimator_traits(algorithm.adv_estimator).needs_forks:
         return
     divergence = getattr(strategy, "initial_divergence_min", 0)
     if strategy_name != "flat" and divergence < strategy.n:

@@ -163,7 +163,8 @@ class Session:
         self.progress.stage("learning")
         with self.clock("update_actor"):
             key = root_key(self.config.seed, "mini-batches", step)
-            metrics = self.cluster.update(mini_batches(trees, self.config, key))
+            length = self.strategy[1].max_response_length
+            metrics = self.cluster.update(mini_batches(trees, self.config, length, key))
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)
         self.progress.stage("publishing weights")
         trained = sum(tree.num_tokens for tree in trees)

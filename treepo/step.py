@@ -18,7 +18,7 @@ from trainers.packing import check_leaf_advantages, pack
 from trainers.settings import is_sequence_level
 from treepo.advantages import SPREAD_TOLERANCE, leaf_num_tokens
 from treepo.base.keys import Purpose, root_key, uniform
-from treepo.config import TrainConfig, strategy_settings
+from treepo.config import TrainConfig
 from treepo.data import Problem
 from treepo.text import Decoder
 
@@ -68,13 +68,17 @@ def shuffle_verdicts(
 
 
 def mini_batches(
-    trees: Sequence[TokenTree], config: TrainConfig, key: int
+    trees: Sequence[TokenTree], config: TrainConfig, max_response_length: int, key: int
 ) -> list[list[list[PackedBatch]]]:
     """Cut a step's trees into optimiser updates, packed for every rank.
 
     The trees that survived the filter are shuffled anew each epoch and dealt into as many updates
     as the unfiltered step would have had (fewer if fewer trees than that are left), of nearly equal
     size.
+
+    Args:
+        max_response_length: the rollout's, in tokens.
+        key: names the shuffles.
 
     Returns:
         Indexed [rank][update][micro-batch].
@@ -98,7 +102,7 @@ def mini_batches(
                     update,
                     trainer.learner.max_tokens_per_micro_batch,
                     config.cluster.num_learner_ranks,
-                    loss_denominator(update, config),
+                    loss_denominator(update, config, max_response_length),
                 )
             )
     ranks = range(config.cluster.num_learner_ranks)
@@ -119,12 +123,14 @@ def has_gradient(trees: Sequence[TokenTree], config: TrainConfig) -> bool:
     )
 
 
-def loss_denominator(update: Sequence[TokenTree], config: TrainConfig) -> float | None:
+def loss_denominator(
+    update: Sequence[TokenTree], config: TrainConfig, max_response_length: int
+) -> float | None:
     """What an update's loss is divided by under ``algorithm.loss_weighting='fixed_length'``: its
-    trained responses times rollout.max_response_length, a constant in place of their lengths
-    (Dr. GRPO, arXiv 2503.20783). None, the update's total weight, under the others.
+    trained responses times the rollout's ``max_response_length``, a constant in place of their
+    lengths (Dr. GRPO, arXiv 2503.20783). None, the update's total weight, under the others.
     """
     if config.algorithm.loss_weighting != "fixed_length":
         return None
     responses = sum(int((tree.leaf_weight > 0).sum()) for tree in update)
-    return float(max(responses, 1) * strategy_settings(config)[1].max_response_length)
+    return float(max(responses, 1) * max_response_length)

@@ -64,7 +64,7 @@ def run(
         settings = learner_settings(policy_loss, zero_stage)
         learner = Learner(model_path, settings, rank, world_size, init_method)
         metrics = learner.update(dealt_rows(rank, world_size, accumulation))
-        tensors = {name: tensor.clone() for name, tensor in learner.state_tensors()[0].items()}
+        tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
         digest = learner.digest()
         name = f"{folder}/zero{zero_stage}_accumulation{accumulation}"
         learner.save(name)

@@ -4,7 +4,6 @@ the plain function it is uncompiled, varlen as its documentation describes it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import random
 
@@ -183,9 +182,14 @@ def test_ends_are_sums_of_the_lengths():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Says which libraries are to seem installed."""
+    """Says which libraries are to seem installed. Nothing of it is remembered after the test."""
 
-    return functools.partial(seem_installed, monkeypatch, choose)
+    def seem(*names):
+        choose._is_installed.cache_clear()
+        seem_installed(monkeypatch, choose, *names)
+
+    yield seem
+    choose._is_installed.cache_clear()
 
 
 class Seeming:
@@ -213,6 +217,15 @@ def test_auto_takes_the_best_kernel_that_fits(installed):
     assert chosen("auto", CUDA, BF16, shared=False) == "flex"
     installed()
     assert chosen("auto", CUDA, BF16) == "sdpa"
+
+
+def test_the_import_path_is_searched_once_for_a_kernel(installed, monkeypatch):
+    installed()
+    searched = []
+    monkeypatch.setattr(choose, "find_spec", searched.append)  # finds nothing
+    for _ in range(3):
+        assert chosen("auto", CUDA, BF16, shared=False) == "sdpa"
+    assert searched == ["flash_attn", "triton"]
 
 
 def test_what_is_asked_for_and_fits_is_taken(installed):

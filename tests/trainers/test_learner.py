@@ -17,6 +17,7 @@ from trainers.losses import POLICY_LOSSES, trained_tokens
 from trainers.model import load_policy
 from trainers.packing import pack
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
+from treepo.base.digest import manifest_of, tensor_digests
 
 GSPO_WITH_KL = PolicyLossSettings(
     name="gspo", clip_ratio_low=0.4, clip_ratio_high=0.28, kl_loss_coef=0.3, entropy_coeff=0.1
@@ -42,7 +43,7 @@ def model_path(tmp_path_factory):
 
 
 def state_of(learner):
-    return {name: tensor.clone() for name, tensor in learner.state_tensors()[0].items()}
+    return {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -241,8 +242,8 @@ def test_an_export_is_a_plain_model_with_the_trained_weights(model_path, tmp_pat
     learner.export_hf(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config._attn_implementation == "sdpa"
-    state, manifest = learner.state_tensors()
-    assert manifest.tied == (("model.embed_tokens.weight", "lm_head.weight"),)
+    state = learner.state_tensors()
+    assert manifest_of(state).tied == (("model.embed_tokens.weight", "lm_head.weight"),)
     assert list(model.state_dict()) == list(state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -256,8 +257,6 @@ def test_publication_digests_are_those_of_a_model_that_loaded_the_weights(model_
     assert sent.digest == learner.digest()
     engine = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     engine.load_state_dict(sent.tensors)
-    from treepo.base.digest import manifest_of, tensor_digests
-
     assert tensor_digests(dict(engine.state_dict())) == sent.digests
     assert manifest_of(dict(engine.state_dict())) == sent.manifest
 

@@ -11,7 +11,6 @@ from treepo.algorithm_settings import (
     NORMALISATIONS,
     AdvantageSettings,
     leaf_level_estimators,
-    needs_forks,
 )
 from treepo.cli import compose
 from treepo.config import TrainConfig, check_levels
@@ -125,7 +124,7 @@ def test_which_estimators_give_nothing_but_zeros_on_a_flat_tree_is_known_by_name
     (found,) = estimate([flat([1.0, 0.0, 0.0])], AdvantageSettings(adv_estimator=estimator))
     by_segment = found.segment_advantage
     values = found.leaf_advantage if by_segment is None else by_segment
-    assert np.any(values != 0) != needs_forks(estimator)
+    assert np.any(values != 0) != ESTIMATOR_TRAITS[estimator].needs_forks
     assert np.all(leaf_advantages([flat([1.0, 1.0])], adv_estimator=estimator)[0] == 0)
 
 

@@ -25,7 +25,7 @@ def test_each_weighting_divides_an_update_by_what_it_says(weighting, expected):
     config = compose("train", TrainConfig, [*SMALL, f"algorithm.loss_weighting={weighting}"])
     groups = [irregular(), flat([1, 0, 0], [1, 2, 7])]
     trees = token_trees(groups, estimate(groups, config.algorithm), drop_untrained=True)
-    (updates,) = mini_batches(trees, config, key=0)  # two updates of one tree each
+    (updates,) = mini_batches(trees, config, 64, key=0)  # two updates of one tree each
     found = sorted((rows[0].denominator for rows in updates), reverse=True)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 

@@ -91,7 +91,8 @@ def test_recomputed_old_logprobs_are_refused_where_the_loss_has_no_ratio():
 def updates_with(loss: str, estimator: str):
     config = configure(f"{NAME}={loss}", f"algorithm.adv_estimator={estimator}")
     groups = [irregular()]
-    return mini_batches(token_trees(groups, estimate(groups, config.algorithm)), config, key=0)
+    trees = token_trees(groups, estimate(groups, config.algorithm))
+    return mini_batches(trees, config, 64, key=0)
 
 
 def test_a_users_estimator_at_node_level_is_refused_with_a_loss_of_whole_responses():

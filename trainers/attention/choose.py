@@ -7,6 +7,7 @@ token of the row is shared, FlexAttention otherwise; elsewhere the calls of torc
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -72,7 +73,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name in ("flex", "flash") and device.type != "cuda":
         return f"it needs a CUDA device, not {device}: set trainer.learner.attention=auto or sdpa"
     if name == "flex":
-        if find_spec("triton") is None:
+        if not _is_installed("triton"):
             return "triton is not installed: install it, or set trainer.learner.attention=sdpa"
         if dtype == torch.float64:
             return "its kernel computes in float32, not float64: set trainer.learner.attention=sdpa"
@@ -82,9 +83,14 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
                 f"flash-attn takes bfloat16 and float16, not {kind}: set "
                 "trainer.learner.dtype=bfloat16 or trainer.learner.attention=auto"
             )
-        if find_spec("flash_attn") is None:
+        if not _is_installed("flash_attn"):
             return (
                 "flash-attn is not installed: pip install 'treepo[gpu]', or set "
                 "trainer.learner.attention=auto"
             )
     return None
+
+
+@functools.cache  # asked in every layer of every forward, and the answer searches the import path
+def _is_installed(name: str) -> bool:
+    return find_spec(name) is not None

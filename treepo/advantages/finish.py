@@ -51,13 +51,11 @@ def finish_segments(
     groups: Sequence[ScoredTree],
     segment_advantages: Sequence[np.ndarray],
     settings: AdvantageSettings,
-    normalisation: str | None = None,
 ) -> list[TreeAdvantages]:
     """Records of an estimator at node level. 'tree' and 'batch' look at each run of segments once.
 
     Args:
         segment_advantages: of each tree, float64 [S].
-        normalisation: in place of the settings'.
     """
     raw = []
     for group, values in zip(groups, segment_advantages, strict=True):
@@ -70,7 +68,7 @@ def finish_segments(
                 spread=values[run_starts(group)],
             )
         )
-    divided = normalise(raw, normalisation or settings.divides_by, settings.adv_eps)
+    divided = normalise(raw, settings.divides_by, settings.adv_eps)
     return [
         spread_over_segments(group, values, settings.loss_weighting)
         for group, values in zip(groups, divided, strict=True)

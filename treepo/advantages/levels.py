@@ -26,7 +26,7 @@ class LevelAdvantages:
     # where G_ij has another leaf (a group of one says nothing about its leaf)
     counts: np.ndarray
     sizes: np.ndarray  # int64 [L, J], |G_ij|
-    spread: np.ndarray  # float64 [L, J], largest minus smallest reward of G_ij
+    std: np.ndarray  # float64 [L, J], of the rewards of G_ij, with Bessel's correction
 
     def only(self, counts: np.ndarray) -> LevelAdvantages:
         """The same with no more than ``counts`` counting."""
@@ -36,12 +36,7 @@ class LevelAdvantages:
     @property
     def root(self) -> LevelAdvantages:
         """The root's level alone: a leaf against all others of its tree."""
-        return LevelAdvantages(
-            values=self.values[:, :1],
-            counts=self.counts[:, :1],
-            sizes=self.sizes[:, :1],
-            spread=self.spread[:, :1],
-        )
+        return self.only(np.arange(self.values.shape[1]) == 0)
 
     @property
     def leave_one_out(self) -> LevelAdvantages:
@@ -64,20 +59,18 @@ def level_advantages(group: ScoredTree) -> LevelAdvantages:
     size = len(group.tree.segments)
     rewards = np.broadcast_to(group.rewards[:, None], ancestors.shape)
     where, what = ancestors[counts], rewards[counts]
-    sums, sizes = np.zeros(size), np.zeros(size, dtype=np.int64)
-    largest, smallest = np.full(size, -np.inf), np.full(size, np.inf)
+    sums, squares, sizes = np.zeros(size), np.zeros(size), np.zeros(size, dtype=np.int64)
     np.add.at(sums, where, what)
     np.add.at(sizes, where, 1)
-    np.maximum.at(largest, where, what)
-    np.minimum.at(smallest, where, what)
     means = sums / np.maximum(sizes, 1)
-    spread = np.where(sizes > 0, largest, 0.0) - np.where(sizes > 0, smallest, 0.0)
+    np.add.at(squares, where, (what - means[where]) ** 2)
+    stds = np.sqrt(squares / np.maximum(sizes - 1, 1))
     counts[:, 1:] &= sizes[ancestors[:, 1:]] > 1
     return LevelAdvantages(
         values=np.where(counts, rewards - means[ancestors], 0.0),
         counts=counts,
         sizes=np.where(counts, sizes[ancestors], 0),
-        spread=np.where(counts, spread[ancestors], 0.0),
+        std=np.where(counts, stds[ancestors], 0.0),
     )
 
 

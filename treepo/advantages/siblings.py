@@ -5,6 +5,7 @@ with their values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,7 +30,9 @@ def finish_siblings(
         _against_siblings(group, of_tree, settings.adv_eps if own else None)
         for group, of_tree in zip(groups, values, strict=True)
     ]
-    return finish_segments(groups, advantages, settings, "none" if own else None)
+    if own:
+        settings = replace(settings, normalisation="none")  # what there is to divide is divided
+    return finish_segments(groups, advantages, settings)
 
 
 def _against_siblings(group: ScoredTree, values: np.ndarray, eps: float | None) -> np.ndarray:

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from treepo.advantages.finish import finish_leaves
-from treepo.advantages.normalisation import std
+from treepo.advantages.levels import level_advantages
 from treepo.advantages.records import ScoredTree, TreeAdvantages
-from treepo.advantages.trees import leaf_ancestors
 from treepo.algorithm_settings import AdvantageSettings
 
 
@@ -32,13 +31,6 @@ def tree_grpo(groups: Sequence[ScoredTree], settings: AdvantageSettings) -> list
 
 
 def _inter_plus_intra(group: ScoredTree, settings: AdvantageSettings) -> np.ndarray:
-    ancestors = leaf_ancestors(group.tree)
-    advantage = np.zeros(group.tree.num_leaves)
-    for level in range(min(2, ancestors.shape[1])):
-        for node in set(ancestors[:, level].tolist()) - {-1}:
-            rows = (ancestors[:, level] == node) & group.valid
-            if rows.sum() > 1:
-                rewards = group.rewards[rows]
-                divisor = std(rewards) + settings.adv_eps if settings.divides_by == "tree" else 1.0
-                advantage[rows] += (rewards - rewards.mean()) / divisor
-    return advantage
+    levels = level_advantages(group)
+    divisor = levels.std[:, :2] + settings.adv_eps if settings.divides_by == "tree" else 1.0
+    return (levels.values[:, :2] / divisor).sum(axis=1)

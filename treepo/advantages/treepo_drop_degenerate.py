@@ -17,5 +17,5 @@ def treepo_drop_degenerate(
     left out count neither in |J_i| nor in the std. The paper found that it hurts.
     """
     by_level = [level_advantages(group) for group in groups]
-    kept = [levels.only(levels.spread > SPREAD_TOLERANCE) for levels in by_level]
+    kept = [levels.only(levels.std > SPREAD_TOLERANCE) for levels in by_level]
     return finish_levels(groups, kept, settings)
