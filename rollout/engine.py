@@ -253,7 +253,8 @@ class Engine:
         tokens. ``commit`` ends it.
 
         Raises:
-            ValueError: it does not fit the pool or the model's positions, or the engine sleeps.
+            ValueError: a token that the model does not have, it does not fit the pool or the
+                model's positions, or the engine sleeps.
         """
         self._check_awake()
         self._check_length(self.store.resolve(node).end, len(tree))

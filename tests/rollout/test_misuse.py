@@ -205,11 +205,33 @@ def test_tokens_that_the_model_lacks_are_refused_by_every_verb(tokens, message):
     assert_sound(engine)
 
 
-def test_a_draft_of_unknown_tokens_or_shape_leaves_nothing_behind():
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 31], "draft: token id 31 at place 1 is outside the model's vocabulary of 31"),
+        ([1, -1], "draft: token id -1 at place 1"),
+        ([2**32 + 5], "draft: token id 4294967301 at place 0"),
+        (np.array([2**32 + 5]), "draft: token id 4294967301 at place 0"),
+        ([1.9, 2.2], "draft tree: token_ids must be integers, not float64"),
+        (["1"], "draft tree: token_ids must be integers, not <U1"),
+        ([True], "draft tree: token_ids must be integers, not bool"),
+        ([[1, 2]], r"draft tree: parents \(2,\) and token_ids \(1, 2\) must be vectors"),
+        (5, r"draft tree: parents \(1,\) and token_ids \(\) must be vectors"),
+        (None, "draft tree: token_ids must be integers, not object"),
+    ],
+)
+def test_tokens_that_the_model_lacks_are_refused_in_a_draft(tokens, message):
     engine = make_engine()
     node = engine.prefill(PROMPT)
-    with pytest.raises(ValueError, match="draft: token id 31"):
-        engine.forward(node, DraftTree.chain([1, 31]))
+    with pytest.raises(ValueError, match=message):
+        engine.forward(node, DraftTree.chain(tokens))
+    engine.free(node)
+    assert_sound(engine)
+
+
+def test_a_draft_of_another_shape_or_path_leaves_nothing_behind():
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
     with pytest.raises(ValueError, match="parents must be integers, not float64"):
         DraftTree(parents=np.array([-1.0, 0.0]), token_ids=np.array([1, 2]))
     draft = engine.forward(node, DraftTree.chain([1, 2]))
