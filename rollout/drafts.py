@@ -104,7 +104,6 @@ def forward_draft(
         raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
     runs: list[TreeNode] = []
     try:
-        forward.compute(base, budget)
         run_of, offset_of = _plant(store, base, tree, runs)
         logits = _logits(forward, base, runs, run_of, budget)
     except BaseException:  # such as no memory: nothing may stay behind
