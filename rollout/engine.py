@@ -31,6 +31,7 @@ from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
 from rollout.requests import Completion
 from rollout.sampler import log_probabilities
+from rollout.sampling_settings import TEMPERATURES_ALLOWED, is_temperature
 from rollout.scoring import Scorer, score_all
 from rollout.settings import EngineSettings
 from rollout.stops import StopRules
@@ -309,8 +310,8 @@ class Engine:
         """
         self._check_awake()
         ids = checked_token_ids("path", token_ids, self.vocabulary)
-        if not 0 <= temperature < np.inf:
-            raise ValueError(f"temperature={temperature!r}: it must be >= 0 (0 is greedy)")
+        if not is_temperature(temperature):
+            raise ValueError(f"temperature={temperature!r}: it must be {TEMPERATURES_ALLOWED}")
         self._check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)

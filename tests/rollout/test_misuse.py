@@ -286,6 +286,14 @@ def test_a_spec_of_wrong_types_names_field_and_value(change, message):
         ExtendSpec(**{"max_tokens": 3, **change})
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1e-6, 1e-320, float("nan"), float("inf")])
+def test_a_temperature_that_no_segment_could_have_scores_no_path(temperature):
+    engine = make_engine()
+    with pytest.raises(ValueError, match="temperature=.*: it must be 0 .greedy. or >= 1e-05"):
+        engine.score_path(PROMPT, temperature)
+    assert_sound(engine)
+
+
 def test_numpy_numbers_and_lists_in_a_spec_are_as_good_as_pythons():
     spec = ExtendSpec(
         max_tokens=np.int64(4), ban_token_ids=np.array([1, 2]), stop_token_sequences=[[3, 4]]
