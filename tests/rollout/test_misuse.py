@@ -338,7 +338,33 @@ def test_a_path_key_must_be_an_unsigned_word(key):
     assert_sound(engine)
 
 
-@pytest.mark.parametrize("version", ["x", None, 1.5, 2**31, 2])
+@pytest.mark.parametrize("number", ["x", None, 1.5, -1, 8, 2**31, True])
+def test_forks_and_offsets_are_integers_in_range(number):
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
+    with pytest.raises(ValueError, match="split offset=.*: it must be an integer in 1..7"):
+        engine.split(node, number)
+    if number != 8:
+        with pytest.raises(ValueError, match="fork n=.*: it must be an integer >= 0"):
+            engine.fork(node, number)
+    engine.free(node)
+    assert_sound(engine)
+
+
+def test_numpys_integers_are_as_good_as_pythons():
+    engine = make_engine()
+    state = stored_state(engine.model)
+    engine.load_weights(np.int64(3), manifest_of(state), state)
+    assert type(engine.policy_version) is int
+    node = engine.prefill(PROMPT)
+    upper = engine.split(node, np.int64(2))
+    assert upper.path_token_ids().tolist() == PROMPT[:2]
+    for handle in (node, upper, *engine.fork(node, np.int64(2))):
+        engine.free(handle)
+    assert_sound(engine)
+
+
+@pytest.mark.parametrize("version", ["x", None, 1.5, 2**31, 2, True])
 def test_versions_are_integers_that_never_fall(version):
     engine = make_engine()
     state = stored_state(engine.model)
