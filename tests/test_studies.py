@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import compare_learning
@@ -12,6 +13,7 @@ import yaml
 
 from treepo.cli import compose
 from treepo.config import TrainConfig
+from treepo.run_folder import begin_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
@@ -39,25 +41,45 @@ def test_all_variants_of_a_seed_run_before_the_next_seed():
 def test_a_finished_run_is_not_repeated(tmp_path):
     (run,) = study.runs_of({"name": "s", "overrides": [], "variants": {"a": []}}, [], [7])
     assert not run.is_finished(tmp_path)
-    folder = tmp_path / "s.a" / "first"
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps({"seed": 7}))
+    folder, lock = begin_run(tmp_path, "s.a", "")
+    assert not run.is_finished(tmp_path)
+    folder.finish({"seed": 8})
+    assert not run.is_finished(tmp_path)
+    folder.finish({"seed": 7})
     assert run.is_finished(tmp_path)
+    assert study.carry_out(run, tmp_path) == (True, "s.a seed 7: was finished")
+    lock.release()
+
+
+def test_a_study_fails_where_a_run_does_and_not_by_the_name_of_a_variant(tmp_path, monkeypatch):
+    described = {"name": "s", "overrides": [], "variants": {"failed": [], "b": ["x"]}}
+    good, bad = study.runs_of(described, [], [0])
+    monkeypatch.setattr(
+        study.Run,
+        "command",
+        lambda run, outputs: [sys.executable, "-c", f"print('so'); exit({3 * (run == bad)})"],
+    )
+    assert study.carry_out(good, tmp_path) == (True, "s.failed seed 0: done")
+    ok, news = study.carry_out(bad, tmp_path)
+    log = tmp_path / "s.b" / "seed_0.log"
+    assert not ok and news == f"s.b seed 0: failed with code 3; see {log}"
+    assert log.read_text() == "so\n"
+
+
+def write_run(run: Path, tokens: int, accuracies: list[float]) -> None:
+    run.mkdir(parents=True)
+    rows = [{"step": 0, "time": 0.0, "acc": accuracies[0]}]
+    for step, accuracy in enumerate(accuracies[1:], start=1):
+        costs = {name: float(tokens) for name in compare_learning.COSTS}
+        rows.append({"step": step, "time": 1.0, "acc": accuracy, **costs})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_accuracies_are_compared_at_a_budget_that_every_run_reached(tmp_path):
-    def write(name: str, tokens: int, accuracies: list[float]) -> Path:
-        run = tmp_path / name / "run"
-        run.mkdir(parents=True)
-        rows = [{"step": 0, "time": 0.0, "acc": accuracies[0]}]
-        for step, accuracy in enumerate(accuracies[1:], start=1):
-            costs = {name: float(tokens) for name in compare_learning.COSTS}
-            rows.append({"step": step, "time": 1.0, "acc": accuracy, **costs})
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return run
-
-    cheap = compare_learning.read_curve(write("cheap", 1_000_000, [0.1, 0.5, 0.9]), "acc")
-    dear = compare_learning.read_curve(write("dear", 4_000_000, [0.1, 0.3, 0.9]), "acc")
+    cheap, dear = tmp_path / "cheap", tmp_path / "dear"
+    write_run(cheap, 1_000_000, [0.1, 0.5, 0.9])
+    write_run(dear, 4_000_000, [0.1, 0.3, 0.9])
+    cheap, dear = (compare_learning.read_curve(run, "acc") for run in (cheap, dear))
     # Both reached 2 million: cheap with its last step, dear half-way through its first.
     assert cheap.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.9)
     assert dear.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.2)
@@ -65,7 +87,22 @@ def test_accuracies_are_compared_at_a_budget_that_every_run_reached(tmp_path):
     assert "| cheap | 1 | 0.900 | 0.900 | 0.900 | 0.900 | 2.00M | 2.00M | 2000000 |" in text
     assert "| dear | 1 | 0.900 | 0.200 | 0.200 | 0.200 | 8.00M | 8.00M | 8000000 |" in text
     with pytest.raises(ValueError, match="no metric 'other'"):
-        compare_learning.read_curve(tmp_path / "cheap" / "run", "other")
+        compare_learning.read_curve(tmp_path / "cheap", "other")
+
+
+def test_the_finished_runs_of_the_chosen_seeds_are_compared(tmp_path):
+    for seed in (2, 0, 1):
+        run = tmp_path / f"run_{seed}"
+        write_run(run, 1000, [0.0, seed / 10])
+        (run / "summary.json").write_text(json.dumps({"seed": seed}))
+    write_run(tmp_path / "unfinished", 1000, [0.0, 0.9])
+
+    def ends(seeds):
+        found = compare_learning.read_variant(tmp_path, "acc", seeds)
+        return [curve.accuracy[-1] for curve in found]
+
+    assert ends(None) == [0.0, 0.1, 0.2]
+    assert ends([2, 0, 5]) == [0.0, 0.2] and ends([5]) == []
 
 
 def test_the_interval_of_one_seed_is_its_value_and_of_several_holds_their_mean():
