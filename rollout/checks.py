@@ -1,4 +1,6 @@
-"""What callers hand to the engine, checked before work: tokens, path keys, versions, devices."""
+"""What callers hand to the engine, checked before work: tokens, numbers, path keys, versions,
+devices.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from treepo.base.typed import as_int
 
 
 def checked_token_ids(
@@ -34,26 +38,43 @@ def checked_token_ids(
     return ids.astype(np.int32)
 
 
+def checked_int(what: str, value: int, least: int, most: int | None, allowed: str) -> int:
+    """
+    Args:
+        what: the error's name for it.
+        allowed: the error's words for the bounds.
+
+    Raises:
+        ValueError: it is no integer below 2**31, or not in ``least..most``.
+    """
+    try:
+        number = as_int(value)
+        is_allowed = least <= number and (most is None or number <= most)
+    except (TypeError, OverflowError):
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(f"{what}={value!r}: it must be an integer {allowed}")
+    return number
+
+
 def checked_path_key(path_key: int) -> int:
     """
     Raises:
         ValueError: it is no unsigned 64-bit integer.
     """
-    if not (_is_integer(path_key) and 0 <= path_key < 1 << 64):
+    is_integer = isinstance(path_key, int | np.integer) and not isinstance(path_key, bool)
+    if not (is_integer and 0 <= path_key < 1 << 64):
         raise ValueError(f"path_key={path_key!r}: it must be an integer in [0, 2**64)")
     return int(path_key)
 
 
-def check_version(version: int, in_force: int) -> None:
+def checked_version(version: int, in_force: int) -> int:
     """
     Raises:
         ValueError: it is no integer, or older than the weights in force.
     """
-    if not (_is_integer(version) and in_force <= version < 1 << 31):
-        raise ValueError(
-            f"weights version={version!r}: it must be an integer below 2**31, not older than the "
-            f"version in force, {in_force}"
-        )
+    allowed = f"below 2**31, not older than the version in force, {in_force}"
+    return checked_int("weights version", version, in_force, None, allowed)
 
 
 def find_device(name: str) -> torch.device:
@@ -73,7 +94,3 @@ def find_device(name: str) -> torch.device:
             "torch with CUDA"
         )
     return device
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

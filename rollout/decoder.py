@@ -49,16 +49,14 @@ class Decoder:
     def submit(self, node: Node, spec: ExtendSpec, path_key: int) -> int:
         """Queue a request; returns its id. ``node`` may be freed meanwhile."""
         own = self.store.append(node, Drawn().token_ids)
-        self.store.soften(own)
         request = Request(self._next_id, own, spec, path_key)
         self._next_id += 1
         if spec.max_tokens:
+            self.store.soften(own)
             self.waiting.append(request)
             self.unfinished.add(request.request_id)
         else:
-            handle = self.store.append(own, own.token_ids)
-            self.store.free(own, drop=False)
-            self.done.append(self._completion(request, Drawn.nothing(spec), LENGTH, handle))
+            self.done.append(self._completion(request, Drawn.nothing(spec), LENGTH, own))
         return request.request_id
 
     def cancel(self, request_id: int) -> bool:

@@ -27,10 +27,11 @@ class DraftTree:
     Attributes:
         parents: int64 [n], index of each token's parent; -1 for those directly below the position.
             Parents come before their children.
-        token_ids: int32 [n].
+        token_ids: int64 [n], not checked against a vocabulary yet.
 
     Raises:
-        ValueError: lengths differ, or a parent does not come before its child.
+        ValueError: these are no vectors of integers of one length, or a parent does not come before
+            its child.
     """
 
     parents: np.ndarray
@@ -39,11 +40,9 @@ class DraftTree:
     def __post_init__(self) -> None:
         for name in ("parents", "token_ids"):  # lists, too
             value = np.asarray(getattr(self, name))
-            if len(value) and value.dtype.kind not in "iu":
+            if value.size and value.dtype.kind not in "iu":
                 raise ValueError(f"draft tree: {name} must be integers, not {value.dtype}")
-            object.__setattr__(
-                self, name, value.astype(np.int64 if name == "parents" else np.int32)
-            )
+            object.__setattr__(self, name, value.astype(np.int64))
         if self.parents.shape != self.token_ids.shape or self.parents.ndim != 1:
             raise ValueError(
                 f"draft tree: parents {self.parents.shape} and token_ids {self.token_ids.shape} "
@@ -60,8 +59,8 @@ class DraftTree:
     @classmethod
     def chain(cls, token_ids: Sequence[int] | np.ndarray) -> DraftTree:
         """One path."""
-        ids = np.asarray(token_ids, np.int32)
-        return cls(parents=np.arange(-1, len(ids) - 1), token_ids=ids)
+        ids = np.asarray(token_ids)
+        return cls(parents=np.arange(-1, ids.size - 1), token_ids=ids)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -105,7 +104,6 @@ def forward_draft(
         raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
     runs: list[TreeNode] = []
     try:
-        forward.compute(base, budget)
         run_of, offset_of = _plant(store, base, tree, runs)
         logits = _logits(forward, base, runs, run_of, budget)
     except BaseException:  # such as no memory: nothing may stay behind
@@ -148,7 +146,7 @@ def commit_draft(store: TreeStore, draft: Draft, path: Sequence[int]) -> Node:
     for number, length in kept.items():
         end = draft.runs[number]
         store.tree.publish(end, length)
-    token_ids = draft.tree.token_ids[np.asarray(path, np.int64)]
+    token_ids = draft.tree.token_ids[np.asarray(path, np.int64)].astype(np.int32)
     node = store.handle(draft.node, token_ids, end)
     store.tree.unlock(draft.base)
     return node

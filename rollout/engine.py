@@ -21,7 +21,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rollout.attention.base import Block
-from rollout.checks import check_version, checked_path_key, checked_token_ids, find_device
+from rollout.checks import (
+    checked_int,
+    checked_path_key,
+    checked_token_ids,
+    checked_version,
+    find_device,
+)
 from rollout.decoder import Decoder
 from rollout.drafts import Draft, DraftTree, commit_draft, forward_draft
 from rollout.extend import ExtendSpec
@@ -31,6 +37,7 @@ from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
 from rollout.requests import Completion
 from rollout.sampler import log_probabilities
+from rollout.sampling_settings import TEMPERATURES_ALLOWED, is_temperature
 from rollout.scoring import Scorer, score_all
 from rollout.settings import EngineSettings
 from rollout.stops import StopRules
@@ -131,16 +138,14 @@ class Engine:
 
     def fork(self, node: Node, n: int) -> list[Node]:
         """``n`` >= 0 further handles on the same position."""
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"fork n={n!r}: it must be an integer >= 0")
+        n = checked_int("fork n", n, 0, None, ">= 0")
         return [self.append(node, ()) for _ in range(n)]
 
     def split(self, node: Node, offset: int) -> Node:
         """A handle on the first ``offset`` tokens of ``node``'s path, 1 <= offset <= its length."""
         ids = node.path_token_ids()
-        if not 1 <= offset <= len(ids):
-            raise ValueError(f"split offset={offset} is outside the path of {len(ids)} tokens")
-        return self.prefill(ids[:offset])
+        allowed = f"in 1..{len(ids)}, the tokens of the path"
+        return self.prefill(ids[: checked_int("split offset", offset, 1, len(ids), allowed)])
 
     def free(self, node: Node, *, drop: bool = False) -> None:
         """End a handle. Its keys and values stay as cache until evicted, or with ``drop`` only if
@@ -253,7 +258,8 @@ class Engine:
         tokens. ``commit`` ends it.
 
         Raises:
-            ValueError: it does not fit the pool or the model's positions, or the engine sleeps.
+            ValueError: a token that the model does not have, it does not fit the pool or the
+                model's positions, or the engine sleeps.
         """
         self._check_awake()
         self._check_length(self.store.resolve(node).end, len(tree))
@@ -308,8 +314,8 @@ class Engine:
         """
         self._check_awake()
         ids = checked_token_ids("path", token_ids, self.vocabulary)
-        if not 0 <= temperature < np.inf:
-            raise ValueError(f"temperature={temperature!r}: it must be >= 0 (0 is greedy)")
+        if not is_temperature(temperature):
+            raise ValueError(f"temperature={temperature!r}: it must be {TEMPERATURES_ALLOWED}")
         self._check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)
@@ -365,6 +371,7 @@ class Engine:
             TornWeights: parts were copied but not all came: the engine refuses work until a whole
                 set is loaded.
         """
+        version = checked_version(version, self.policy_version)
         self._check_in_flight(version, in_flight)
         load = WeightLoad(self.model, manifest)
         # No work from half a set: while parts come, and after an interruption.
@@ -452,7 +459,6 @@ class Engine:
     def _check_in_flight(self, version: int, in_flight: str) -> None:
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight={in_flight!r}: choose one of {', '.join(IN_FLIGHT)}")
-        check_version(version, self.policy_version)
         self._check_no_drafts(f"weights {version}")
         if in_flight == "refuse" and not self.is_idle:
             raise ValueError(

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rollout.sampling_settings import (
+    PENALTIES_ALLOWED,
+    STOP_STRINGS_ALLOWED,
+    TEMPERATURES_ALLOWED,
+    are_stop_strings,
+    is_penalty,
+    is_temperature,
+)
 from treepo.base.typed import check_types
-
-COOLEST = 1e-5  # temperature above greedy: logits are divided by it in float32
-STRONGEST_PENALTY = 1000.0
-_PENALTIES_ALLOWED = f"in [{1 / STRONGEST_PENALTY}, {STRONGEST_PENALTY}] (1: no penalty)"
 
 STOP = "stop"  # a stop was completed by the segment's last token
 LENGTH = "length"  # max_tokens were drawn
@@ -62,13 +66,12 @@ class ExtendSpec:
         check_types(self, "sampling setting")
         for field in ("max_tokens", "num_response_tokens", "num_top_logprobs"):
             self._require(field, getattr(self, field) >= 0, ">= 0")
-        cool = self.temperature == 0 or self.temperature >= COOLEST
-        self._require("temperature", cool, f"0 (greedy) or >= {COOLEST}")
+        self._require("temperature", is_temperature(self.temperature), TEMPERATURES_ALLOWED)
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all)")
         self._require("min_p", 0 <= self.min_p < 1, "in [0, 1)")
-        mild = 1 / STRONGEST_PENALTY <= self.repetition_penalty <= STRONGEST_PENALTY
-        self._require("repetition_penalty", mild, _PENALTIES_ALLOWED)
+        mild = is_penalty(self.repetition_penalty)
+        self._require("repetition_penalty", mild, PENALTIES_ALLOWED)
         for field in ("ban_token_ids", "stop_token_ids"):
             self._require(field, min(getattr(self, field), default=0) >= 0, "token ids >= 0")
         self._require(
@@ -110,16 +113,6 @@ class ExtendSpec:
         """Whether drawing needs to know the tokens of the path above."""
         seeks = bool(self.stop_token_sequences or self.stop_strings)
         return self.repetition_penalty != 1 or (seeks and self.num_response_tokens > 0)
-
-
-STOP_STRINGS_ALLOWED = "strings of at least one character, none of them U+FFFD"
-
-
-def are_stop_strings(strings: tuple[str, ...] | list[str]) -> bool:
-    """Whether stops can be looked for in text: U+FFFD stands for a character that is not complete
-    yet, so it cannot be part of one.
-    """
-    return all(isinstance(s, str) and s and "\ufffd" not in s for s in strings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

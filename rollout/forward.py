@@ -14,7 +14,6 @@ from rollout.attention.spans import lay_out
 from rollout.decode_graph import DecodeSteps
 from rollout.metrics import Meter
 from rollout.model_runner import ModelRunner
-from rollout.radix_tree import TreeNode
 from rollout.settings import EngineSettings
 
 
@@ -100,21 +99,6 @@ class TreeForward:
         for block in rows.blocks:
             if block.writes:
                 block.node.num_computed = max(block.node.num_computed, block.stop)
-
-    def compute(self, node: TreeNode, chunk: int) -> None:
-        """Compute what is missing of a path, whose tokens must have slots, ``chunk`` rows a
-        forward, until at most ``chunk`` are left for the caller's own forward.
-        """
-        missing = [n for n in node.path() if n.num_computed < len(n.token_ids)]
-        left = sum(len(n.token_ids) - n.num_computed for n in missing)
-        for part in missing:
-            while left > chunk and part.num_computed < len(part.token_ids):
-                start = part.num_computed
-                stop = min(start + chunk, len(part.token_ids))
-                rows = self.rows([Block(part, start, stop, part.token_ids[start:stop])])
-                self.run(rows, np.zeros(1, np.int64))
-                self.settle(rows)
-                left -= stop - start
 
     def logits(self, blocks: Sequence[Block]) -> torch.Tensor:
         """Logits [N, V] of every row of the blocks, in the order of ``blocks``. Their ancestors

@@ -46,14 +46,13 @@ def fuse_decoder_layers(model: PreTrainedModel, last_position: int | None = None
     angles = Angles()
     proved: dict[tuple[Any, ...], bool] = {}
     for layer, arguments in _arguments(model, layers, last_position or _LAST_POSITION).items():
-        form = _form(layer, arguments)
-        if form is None:
+        fused = _fused(layer, arguments, angles)
+        if fused is None:
             continue
-        kind = _kind(layer, form)
+        kind = _kind(layer, fused.form)
         if kind not in proved:
-            proved[kind] = _holds_with_random_weights(layer, arguments, form)
-        fused = FusedForward(layer, form, angles)
-        if proved[kind] and _agree(fused, layer, arguments):
+            proved[kind] = _holds_with_random_weights(layer, arguments, fused.form)
+        if proved[kind]:
             layer.forward = fused
 
 
@@ -120,8 +119,8 @@ def _arguments(
     return found
 
 
-def _form(layer: DecoderLayer, arguments: dict[str, Any]) -> Form | None:
-    """What the layer hands to attention, if it is of a form that can be fused."""
+def _fused(layer: DecoderLayer, arguments: dict[str, Any], angles: Angles) -> FusedForward | None:
+    """The layer's fused forward, if it has one that does the same with the layer's weights."""
     try:
         _, got = _trial(layer.__call__, _rows(layer), arguments)
     except CODE_ERRORS:  # it cannot be called alone
@@ -142,8 +141,9 @@ def _form(layer: DecoderLayer, arguments: dict[str, Any]) -> Form | None:
         return None
     for rotates in (True, False):
         form = Form(index, heads, kv_heads, width, variant, rotates)
-        if _agree(FusedForward(layer, form, Angles()), layer, arguments):
-            return form
+        fused = FusedForward(layer, form, angles)
+        if _agree(fused, layer, arguments):
+            return fused
     return None
 
 

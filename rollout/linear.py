@@ -137,7 +137,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype))
+        pack(torch.zeros(16, 16, dtype=dtype))
     except RuntimeError:  # the CPU lacks the instructions for this dtype
         return False
     return True

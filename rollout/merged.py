@@ -37,13 +37,14 @@ class MergedProduct:
             bias = torch.cat([weight.new_zeros(n) if b is None else b.detach() for b, n in pairs])
         is_packed = packing_pays(weight)
         is_small = weight.dtype == torch.float32 and weight.numel() < _LEAST_PACKED_ALONE
-        alone: list[tuple[torch.Tensor, torch.Tensor | None]]
-        alone = [(layer.weight.detach(), layer.bias) for layer in layers]
+        alone = None
+        if is_packed and is_small:
+            alone = [(layer.weight.detach(), layer.bias) for layer in layers]
         return cls(
             weight=pack(weight) if is_packed else weight,
             bias=bias,
             is_packed=is_packed,
-            alone=alone if is_packed and is_small else None,
+            alone=alone,
         )
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from rollout.kv_pool import MAX_EXTENT
 from rollout.metrics import CostLedger
 from rollout.requests import Completion
 from rollout.store import Node
+from rollout.strategies.arena import path
 from rollout.strategies.base import Prompt, Strategy
 from rollout.tree import Tree
 from rollout.tree_room import TreeRoom
@@ -193,7 +194,8 @@ class _Run:
     def _handle(self, growing: _Growing, segments: Sequence[Any], index: int) -> Node:
         """Engine node of an arena segment; what was sampled before is found by its tokens."""
         segment = segments[index]
-        place = segment.path_key, len(_recorded_path(segments, index))
+        depth = sum(segments[i].num_tokens for i in path(segments, index))
+        place = segment.path_key, depth
         if place not in growing.handles:
             if segment.parent < 0:
                 node = self.engine.prefill(segment.token_ids)
@@ -260,11 +262,7 @@ def _first_slots(request: ExtendRequest) -> int:
 
 
 def _recorded_path(segments: Sequence[Any], index: int) -> np.ndarray:
-    parts = []
-    while index >= 0:
-        parts.append(segments[index].token_ids)
-        index = segments[index].parent
-    return np.concatenate(parts[::-1])
+    return np.concatenate([segments[i].token_ids for i in path(segments, index)])
 
 
 def _result(request: ExtendRequest, completion: Completion) -> ExtendResult:

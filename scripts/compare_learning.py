@@ -1,6 +1,7 @@
 """Compare variants of a study: held-out accuracy against what it cost, one picture and one table.
 
     python scripts/compare_learning.py outputs/treepo.* --output docs/results/treepo_sampling
+    python scripts/compare_learning.py outputs/treepo.* --seeds 0 1 --output first_two
 
 Each folder is a variant with a run per seed. The cost is counted three ways: *query tokens* (what
 the sampler forwarded), *trained tokens* (what the learner forwarded and back-propagated) and
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,21 @@ def read_curve(run: Path, metric: str) -> Curve:
         accuracy=np.array(accuracy),
         costs={name: np.array(values) for name, values in costs.items()},
     )
+
+
+def read_variant(folder: Path, metric: str, seeds: Collection[int] | None = None) -> list[Curve]:
+    """The finished runs of a variant, one a seed, by seed.
+
+    Args:
+        seeds: leave out others; None takes all.
+
+    Raises:
+        ValueError: a run logged no such metric.
+    """
+    finished = [path.parent for path in sorted(folder.glob("*/summary.json"))]
+    runs = {json.loads((run / "summary.json").read_text())["seed"]: run for run in finished}
+    chosen = sorted(seed for seed in runs if seeds is None or seed in seeds)
+    return [read_curve(runs[seed], metric) for seed in chosen]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -138,22 +154,22 @@ def draw(curves: Mapping[str, Sequence[Curve]], title: str, output: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="+", type=Path, help="folders with a run a seed")
+    parser.add_argument("--seeds", type=int, nargs="+", help="runs to compare; default: all")
     parser.add_argument("--metric", default="val-core/held_out/mean@8")
     parser.add_argument("--title", default="held-out accuracy (sampled)")
     parser.add_argument("--output", type=Path, required=True, help="path without ending")
     arguments = parser.parse_args()
     curves: dict[str, list[Curve]] = {}
     for folder in arguments.variants:
-        finished = [path.parent for path in sorted(folder.glob("*/summary.json"))]
-        seeds = {json.loads((run / "summary.json").read_text())["seed"]: run for run in finished}
         try:
-            found = [read_curve(seeds[seed], arguments.metric) for seed in sorted(seeds)]
+            found = read_variant(folder, arguments.metric, arguments.seeds)
         except ValueError as error:
             parser.error(str(error))
         if found:
             curves[folder.name.partition(".")[2] or folder.name] = found
     if not curves:
-        parser.error("none of these folders holds a finished run (no */summary.json)")
+        of_seeds = f" of seeds {arguments.seeds}" if arguments.seeds else ""
+        parser.error(f"none of these folders holds a finished run{of_seeds} (no */summary.json)")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(curves, arguments.title, arguments.output.with_suffix(".png"))
     text = table(curves)

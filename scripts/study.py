@@ -5,7 +5,8 @@
 
 The file has ``name``, ``overrides`` (of all runs) and ``variants`` (name: overrides). Run folders
 are ``outputs/<name>.<variant>/<run id>``. A run that is finished is left alone and one that was cut
-short goes on, so a study can be started again at any time. Afterwards draw it with
+short goes on, so a study can be started again at any time. A study whose overrides change needs
+another ``--outputs``: variant and seed alone say which run is which. Afterwards draw it with
 ``scripts/compare_learning.py``.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from treepo.run_folder import list_runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +49,10 @@ class Run:
         ]
 
     def is_finished(self, outputs: Path) -> bool:
-        summaries = (outputs / self.experiment).glob("*/summary.json")
-        return any(json.loads(path.read_text())["seed"] == self.seed for path in summaries)
+        """Whether a run of the variant with this seed came to its end, whatever its overrides."""
+        finished = (run for run in list_runs(outputs, self.experiment) if run.is_finished)
+        summaries = (json.loads(run.summary_file.read_text()) for run in finished)
+        return any(summary["seed"] == self.seed for summary in summaries)
 
 
 def runs_of(study: dict, only: Iterable[str], seeds: Iterable[int]) -> list[Run]:
@@ -72,18 +76,24 @@ def runs_of(study: dict, only: Iterable[str], seeds: Iterable[int]) -> list[Run]
     ]
 
 
-def carry_out(run: Run, outputs: Path) -> str:
-    """Train, with the output in a file beside the runs; returns a line of news."""
+def carry_out(run: Run, outputs: Path) -> tuple[bool, str]:
+    """Train, with the output in a file beside the runs.
+
+    Returns:
+        whether the run is finished now, and a line of news.
+    """
+    name = f"{run.experiment} seed {run.seed}"
     if run.is_finished(outputs):
-        return f"{run.experiment} seed {run.seed}: was finished"
+        return True, f"{name}: was finished"
     log = outputs / run.experiment / f"seed_{run.seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         code = subprocess.run(
-            run.command(outputs), stdout=file, stderr=subprocess.STDOUT, env=os.environ
+            run.command(outputs), stdout=file, stderr=subprocess.STDOUT
         ).returncode
-    outcome = "done" if code == 0 else f"failed with code {code}; see {log}"
-    return f"{run.experiment} seed {run.seed}: {outcome}"
+    if code:
+        return False, f"{name}: failed with code {code}; see {log}"
+    return True, f"{name}: done"
 
 
 def main() -> None:
@@ -99,14 +109,13 @@ def main() -> None:
         runs = runs_of(study, arguments.only, arguments.seeds)
     except ValueError as error:
         parser.error(str(error))
-    failed = False
+    all_ok = True
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for number, news in enumerate(
-            pool.map(lambda run: carry_out(run, arguments.outputs), runs), start=1
-        ):
-            failed |= "failed" in news
+        outcomes = pool.map(lambda run: carry_out(run, arguments.outputs), runs)
+        for number, (ok, news) in enumerate(outcomes, start=1):
+            all_ok &= ok
             print(f"{number}/{len(runs)} {news}", flush=True)
-    sys.exit(int(failed))
+    sys.exit(0 if all_ok else 1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before anything imports torch, transformers, ray or wandb: they read these once.
 os.environ.update(
@@ -28,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))  # its scripts are importable by name
 
 
 @pytest.fixture(scope="session")

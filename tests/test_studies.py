@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import compare_learning
 import pytest
+import study
 import yaml
 
 from treepo.cli import compose
 from treepo.config import TrainConfig
+from treepo.run_folder import begin_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    return load("study")
-
-
-@pytest.fixture(scope="module")
-def comparison() -> ModuleType:
-    return load("compare_learning")
-
-
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_variant_of_a_shipped_study_is_a_valid_run(study, path):
+def test_every_variant_of_a_shipped_study_is_a_valid_run(path):
     described = yaml.safe_load(path.read_text())
     runs = study.runs_of(described, [], [0])
     assert [run.variant for run in runs] == list(described["variants"])
@@ -47,7 +29,7 @@ def test_every_variant_of_a_shipped_study_is_a_valid_run(study, path):
     assert len(set(texts)) == len(texts)  # no two variants are the same run
 
 
-def test_all_variants_of_a_seed_run_before_the_next_seed(study):
+def test_all_variants_of_a_seed_run_before_the_next_seed():
     described = {"name": "s", "overrides": ["x=1"], "variants": {"a": ["y=2"], "b": []}}
     runs = study.runs_of(described, [], [3, 4])
     assert [(run.variant, run.seed) for run in runs] == [("a", 3), ("b", 3), ("a", 4), ("b", 4)]
@@ -56,39 +38,74 @@ def test_all_variants_of_a_seed_run_before_the_next_seed(study):
         study.runs_of(described, ["c"], [0])
 
 
-def test_a_finished_run_is_not_repeated(study, tmp_path):
+def test_a_finished_run_is_not_repeated(tmp_path):
     (run,) = study.runs_of({"name": "s", "overrides": [], "variants": {"a": []}}, [], [7])
     assert not run.is_finished(tmp_path)
-    folder = tmp_path / "s.a" / "first"
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps({"seed": 7}))
+    folder, lock = begin_run(tmp_path, "s.a", "")
+    assert not run.is_finished(tmp_path)
+    folder.finish({"seed": 8})
+    assert not run.is_finished(tmp_path)
+    folder.finish({"seed": 7})
     assert run.is_finished(tmp_path)
+    assert study.carry_out(run, tmp_path) == (True, "s.a seed 7: was finished")
+    lock.release()
 
 
-def test_accuracies_are_compared_at_a_budget_that_every_run_reached(comparison, tmp_path):
-    def write(name: str, tokens: int, accuracies: list[float]) -> Path:
-        run = tmp_path / name / "run"
-        run.mkdir(parents=True)
-        rows = [{"step": 0, "time": 0.0, "acc": accuracies[0]}]
-        for step, accuracy in enumerate(accuracies[1:], start=1):
-            costs = {name: float(tokens) for name in comparison.COSTS}
-            rows.append({"step": step, "time": 1.0, "acc": accuracy, **costs})
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return run
+def test_a_study_fails_where_a_run_does_and_not_by_the_name_of_a_variant(tmp_path, monkeypatch):
+    described = {"name": "s", "overrides": [], "variants": {"failed": [], "b": ["x"]}}
+    good, bad = study.runs_of(described, [], [0])
+    monkeypatch.setattr(
+        study.Run,
+        "command",
+        lambda run, outputs: [sys.executable, "-c", f"print('so'); exit({3 * (run == bad)})"],
+    )
+    assert study.carry_out(good, tmp_path) == (True, "s.failed seed 0: done")
+    ok, news = study.carry_out(bad, tmp_path)
+    log = tmp_path / "s.b" / "seed_0.log"
+    assert not ok and news == f"s.b seed 0: failed with code 3; see {log}"
+    assert log.read_text() == "so\n"
 
-    cheap = comparison.read_curve(write("cheap", 1_000_000, [0.1, 0.5, 0.9]), "acc")
-    dear = comparison.read_curve(write("dear", 4_000_000, [0.1, 0.3, 0.9]), "acc")
+
+def write_run(run: Path, tokens: int, accuracies: list[float]) -> None:
+    run.mkdir(parents=True)
+    rows = [{"step": 0, "time": 0.0, "acc": accuracies[0]}]
+    for step, accuracy in enumerate(accuracies[1:], start=1):
+        costs = {name: float(tokens) for name in compare_learning.COSTS}
+        rows.append({"step": step, "time": 1.0, "acc": accuracy, **costs})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_accuracies_are_compared_at_a_budget_that_every_run_reached(tmp_path):
+    cheap, dear = tmp_path / "cheap", tmp_path / "dear"
+    write_run(cheap, 1_000_000, [0.1, 0.5, 0.9])
+    write_run(dear, 4_000_000, [0.1, 0.3, 0.9])
+    cheap, dear = (compare_learning.read_curve(run, "acc") for run in (cheap, dear))
     # Both reached 2 million: cheap with its last step, dear half-way through its first.
     assert cheap.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.9)
     assert dear.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.2)
-    text = comparison.table({"cheap": [cheap], "dear": [dear]})
+    text = compare_learning.table({"cheap": [cheap], "dear": [dear]})
     assert "| cheap | 1 | 0.900 | 0.900 | 0.900 | 0.900 | 2.00M | 2.00M | 2000000 |" in text
     assert "| dear | 1 | 0.900 | 0.200 | 0.200 | 0.200 | 8.00M | 8.00M | 8000000 |" in text
     with pytest.raises(ValueError, match="no metric 'other'"):
-        comparison.read_curve(tmp_path / "cheap" / "run", "other")
+        compare_learning.read_curve(tmp_path / "cheap", "other")
 
 
-def test_the_interval_of_one_seed_is_its_value_and_of_several_holds_their_mean(comparison):
-    assert comparison.interval([0.5]) == (0.5, 0.5, 0.5)
-    mean, low, high = comparison.interval([0.2, 0.4, 0.6, 0.8])
+def test_the_finished_runs_of_the_chosen_seeds_are_compared(tmp_path):
+    for seed in (2, 0, 1):
+        run = tmp_path / f"run_{seed}"
+        write_run(run, 1000, [0.0, seed / 10])
+        (run / "summary.json").write_text(json.dumps({"seed": seed}))
+    write_run(tmp_path / "unfinished", 1000, [0.0, 0.9])
+
+    def ends(seeds):
+        found = compare_learning.read_variant(tmp_path, "acc", seeds)
+        return [curve.accuracy[-1] for curve in found]
+
+    assert ends(None) == [0.0, 0.1, 0.2]
+    assert ends([2, 0, 5]) == [0.0, 0.2] and ends([5]) == []
+
+
+def test_the_interval_of_one_seed_is_its_value_and_of_several_holds_their_mean():
+    assert compare_learning.interval([0.5]) == (0.5, 0.5, 0.5)
+    mean, low, high = compare_learning.interval([0.2, 0.4, 0.6, 0.8])
     assert mean == pytest.approx(0.5) and 0.2 <= low < 0.5 < high <= 0.8

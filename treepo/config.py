@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.settings import RewardSettings
+from rollout.sampling_settings import COOLEST
 from rollout.settings import EngineSettings
 from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, loss_traits
 from treepo.algorithm_settings import (
@@ -86,8 +87,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require("evaluation.num_samples", self.num_samples, self.num_samples >= 1, ">= 1")
         require(
-            "evaluation.temperature", self.temperature, self.temperature > 0,
-            "> 0 (a greedy pass is always made beside it)",
+            "evaluation.temperature", self.temperature, self.temperature >= COOLEST,
+            f">= {COOLEST} (a greedy pass is always made beside it)",
         )  # fmt: skip
         require("evaluation.top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
 

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
 
+from rollout.sampling_settings import (
+    PENALTIES_ALLOWED,
+    STOP_STRINGS_ALLOWED,
+    TEMPERATURES_ALLOWED,
+    are_stop_strings,
+    is_penalty,
+    is_temperature,
+)
 from rollout.strategies.rule_settings import (
     BRANCHING_SCHEDULES,
     BRANCHING_SCORES,
@@ -45,12 +53,13 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_types(self, "rollout.")
-        self._require("temperature", self.temperature >= 0, ">= 0 (0 is greedy)")
+        self._require("temperature", is_temperature(self.temperature), TEMPERATURES_ALLOWED)
         self._require("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all tokens)")
         self._require("top_k", self.top_k >= 0, ">= 0 (0 keeps all tokens)")
         self._require("min_p", 0 <= self.min_p < 1, "in [0, 1) (0 drops no token)")
         self._require("max_response_length", self.max_response_length >= 1, ">= 1")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "> 0 (1: no penalty)")
+        mild = is_penalty(self.repetition_penalty)
+        self._require("repetition_penalty", mild, PENALTIES_ALLOWED)
         for name in ("ban_token_ids", "stop_token_ids"):
             self._require(name, all(token >= 0 for token in getattr(self, name)), "token ids >= 0")
         self._require(
@@ -58,11 +67,7 @@ class SamplingSettings:
             all(s and min(s) >= 0 for s in self.stop_token_sequences),
             "sequences of at least one token id >= 0",
         )
-        self._require(
-            "stop_strings",
-            all(s and "\ufffd" not in s for s in self.stop_strings),
-            "strings of at least one character, none of them U+FFFD (a character cut in two)",
-        )
+        self._require("stop_strings", are_stop_strings(self.stop_strings), STOP_STRINGS_ALLOWED)
         self._check_bans()
 
     def _check_bans(self) -> None:

@@ -205,11 +205,33 @@ def test_tokens_that_the_model_lacks_are_refused_by_every_verb(tokens, message):
     assert_sound(engine)
 
 
-def test_a_draft_of_unknown_tokens_or_shape_leaves_nothing_behind():
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 31], "draft: token id 31 at place 1 is outside the model's vocabulary of 31"),
+        ([1, -1], "draft: token id -1 at place 1"),
+        ([2**32 + 5], "draft: token id 4294967301 at place 0"),
+        (np.array([2**32 + 5]), "draft: token id 4294967301 at place 0"),
+        ([1.9, 2.2], "draft tree: token_ids must be integers, not float64"),
+        (["1"], "draft tree: token_ids must be integers, not <U1"),
+        ([True], "draft tree: token_ids must be integers, not bool"),
+        ([[1, 2]], r"draft tree: parents \(2,\) and token_ids \(1, 2\) must be vectors"),
+        (5, r"draft tree: parents \(1,\) and token_ids \(\) must be vectors"),
+        (None, "draft tree: token_ids must be integers, not object"),
+    ],
+)
+def test_tokens_that_the_model_lacks_are_refused_in_a_draft(tokens, message):
     engine = make_engine()
     node = engine.prefill(PROMPT)
-    with pytest.raises(ValueError, match="draft: token id 31"):
-        engine.forward(node, DraftTree.chain([1, 31]))
+    with pytest.raises(ValueError, match=message):
+        engine.forward(node, DraftTree.chain(tokens))
+    engine.free(node)
+    assert_sound(engine)
+
+
+def test_a_draft_of_another_shape_or_path_leaves_nothing_behind():
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
     with pytest.raises(ValueError, match="parents must be integers, not float64"):
         DraftTree(parents=np.array([-1.0, 0.0]), token_ids=np.array([1, 2]))
     draft = engine.forward(node, DraftTree.chain([1, 2]))
@@ -264,6 +286,14 @@ def test_a_spec_of_wrong_types_names_field_and_value(change, message):
         ExtendSpec(**{"max_tokens": 3, **change})
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1e-6, 1e-320, float("nan"), float("inf")])
+def test_a_temperature_that_no_segment_could_have_scores_no_path(temperature):
+    engine = make_engine()
+    with pytest.raises(ValueError, match="temperature=.*: it must be 0 .greedy. or >= 1e-05"):
+        engine.score_path(PROMPT, temperature)
+    assert_sound(engine)
+
+
 def test_numpy_numbers_and_lists_in_a_spec_are_as_good_as_pythons():
     spec = ExtendSpec(
         max_tokens=np.int64(4), ban_token_ids=np.array([1, 2]), stop_token_sequences=[[3, 4]]
@@ -308,7 +338,33 @@ def test_a_path_key_must_be_an_unsigned_word(key):
     assert_sound(engine)
 
 
-@pytest.mark.parametrize("version", ["x", None, 1.5, 2**31, 2])
+@pytest.mark.parametrize("number", ["x", None, 1.5, -1, 8, 2**31, True])
+def test_forks_and_offsets_are_integers_in_range(number):
+    engine = make_engine()
+    node = engine.prefill(PROMPT)
+    with pytest.raises(ValueError, match="split offset=.*: it must be an integer in 1..7"):
+        engine.split(node, number)
+    if number != 8:
+        with pytest.raises(ValueError, match="fork n=.*: it must be an integer >= 0"):
+            engine.fork(node, number)
+    engine.free(node)
+    assert_sound(engine)
+
+
+def test_numpys_integers_are_as_good_as_pythons():
+    engine = make_engine()
+    state = stored_state(engine.model)
+    engine.load_weights(np.int64(3), manifest_of(state), state)
+    assert type(engine.policy_version) is int
+    node = engine.prefill(PROMPT)
+    upper = engine.split(node, np.int64(2))
+    assert upper.path_token_ids().tolist() == PROMPT[:2]
+    for handle in (node, upper, *engine.fork(node, np.int64(2))):
+        engine.free(handle)
+    assert_sound(engine)
+
+
+@pytest.mark.parametrize("version", ["x", None, 1.5, 2**31, 2, True])
 def test_versions_are_integers_that_never_fall(version):
     engine = make_engine()
     state = stored_state(engine.model)

@@ -4,29 +4,15 @@ tests.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+import soak
 
 ACTS = ("flat", "treepo", "draft", "evict", "cancel", "load keep", "load recompute")
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "soak.py"
 
 
-@pytest.fixture(scope="module")
-def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_some_seconds_of_random_strategies_cancels_evictions_and_weights(soak):
+def test_some_seconds_of_random_strategies_cancels_evictions_and_weights():
     started = soak.start(None, "cpu", seed=1)
     lines = list(soak.run(started, 4.0))
     assert "MiB since" in lines[-1]
@@ -38,7 +24,7 @@ def test_some_seconds_of_random_strategies_cancels_evictions_and_weights(soak):
     assert wanted - set(started.acts) == set()
 
 
-def test_log_probs_are_compared_with_plain_attention_under_the_weights_in_force(soak):
+def test_log_probs_are_compared_with_plain_attention_under_the_weights_in_force():
     started = soak.start(None, "cpu", seed=3)
     ids = started.tokens(20)
     for version in (1, 2):
@@ -53,7 +39,7 @@ def test_log_probs_are_compared_with_plain_attention_under_the_weights_in_force(
         started.compare(expected, expected + 1e-4, "anybody")
 
 
-def test_memory_that_rises_over_the_second_half_is_noticed(soak, monkeypatch):
+def test_memory_that_rises_over_the_second_half_is_noticed(monkeypatch):
     assert soak.rise([0, 1, 2, 3, 4], [900, 50, 70, 80, 90]) == pytest.approx(20)
     assert soak.rise([0, 1, 2, 3, 4], [0, 50, 70, 70, 70]) == pytest.approx(0)
     started = soak.start(None, "cpu", seed=1)
@@ -65,7 +51,7 @@ def test_memory_that_rises_over_the_second_half_is_noticed(soak, monkeypatch):
         list(soak.run(started, 2.0))
 
 
-def test_a_soak_notices_keys_of_older_weights(soak, monkeypatch):
+def test_a_soak_notices_keys_of_older_weights(monkeypatch):
     """The check can fail: weights that change while the cache stays are noticed."""
     started = soak.start(None, "cpu", seed=1)
     store = started.engine.store
@@ -82,7 +68,7 @@ def test_a_soak_notices_keys_of_older_weights(soak, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_twenty_minutes_of_random_strategies_cancels_evictions_and_weights(soak):
+def test_twenty_minutes_of_random_strategies_cancels_evictions_and_weights():
     started = soak.start(None, "cpu", seed=0)
     for line in soak.run(started, 20 * 60):
         print(line)

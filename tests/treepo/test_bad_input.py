@@ -28,6 +28,8 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("reward.parts.reasoning_gym.name=maths", "unknown reward 'maths'.*math"),
         ("data.source=internet", "unknown data source.*file.*hub.*reasoning_gym"),
         ("rollout.branching=odd", "unknown branching rule 'odd'.*even"),
+        ("rollout.temperature=1e-6", "rollout.temperature=1e-06.*0 .greedy. or >= 1e-05"),
+        ("evaluation.temperature=1e-6", "evaluation.temperature=1e-06.*>= 1e-05"),
         ("+rollout.treeness=3", "'treeness' is not used.*segment_length"),
         ("trainer.ppo_mini_batch_size=3", "does not divide.*nearest that do: 2 or 4"),
         ("cluster.num_learner_ranks=3", "never have a tree"),

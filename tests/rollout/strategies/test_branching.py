@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rollout.strategies.branching import ActivePath, reads_entropy
+from rollout.strategies.branching import ActivePath
 from rollout.strategies.branching_temperature import branching_temperature, progress
 from rollout.strategies.rule_settings import BRANCHING_SCORES, BRANCHINGS
 from rollout.strategies.settings import TreePOSettings
@@ -189,4 +189,3 @@ def test_a_rule_of_ones_own_may_read_entropies(drive, tmp_path):
         strategy, drive.prompt(), drive.ScriptedEngine(drive.random_script(0.02), by_token=True)
     )
     assert tree.num_leaves == 16
-    assert reads_entropy(lambda paths, budget, settings: []).reads_entropy

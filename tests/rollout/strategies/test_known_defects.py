@@ -20,7 +20,7 @@ from rollout.strategies.rule_settings import FALLBACK_CUTS, FALLBACKS
 from rollout.strategies.settings import TreePOSettings
 from rollout.strategies.treepo import TreePO
 from rollout.tree import ANSWER, EOS
-from treepo.advantages import ADVANTAGES, estimate, leaf_num_tokens, scored_tree
+from treepo.advantages import estimate, leaf_num_tokens, scored_tree
 from treepo.algorithm_settings import AdvantageSettings
 from treepo.base.keys import root_key
 from treepo.cli import compose
@@ -228,4 +228,3 @@ def test_defect_8_a_shared_token_is_trained_once_for_all_of_its_leaves(drive):
         assert sum(int((sequence.weight > 0).sum()) for sequence in per_leaf) == sum(totals)
         # the same weight in all
         assert float(once.weight.sum()) == pytest.approx(sum(totals))
-    assert {"rloo", "treepo_loo"} <= set(ADVANTAGES)

@@ -59,6 +59,7 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
     ("changes", "message"),
     [
         (dict(temperature=-1.0), "^rollout.temperature=-1.0"),
+        (dict(temperature=1e-6), "temperature=1e-06: it must be 0 .greedy. or >= 1e-05"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_k=-1), "top_k=-1"),
         (dict(min_p=1.0), "min_p=1.0"),
@@ -66,6 +67,7 @@ def test_an_unknown_key_is_an_error_and_not_ignored():
         (dict(max_response_length=0), "max_response_length=0"),
         (dict(stop_token_ids=[-1]), "stop_token_ids"),
         (dict(repetition_penalty=0.0), "repetition_penalty=0.0.*no penalty"),
+        (dict(repetition_penalty=5000.0), "repetition_penalty=5000.0: it must be in"),
         (dict(ban_token_ids=[3, -1]), "ban_token_ids"),
         (dict(stop_token_sequences=[[]]), "stop_token_sequences.*at least one"),
         (dict(stop_token_sequences=[[4, -4]]), "stop_token_sequences"),
