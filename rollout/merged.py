@@ -37,7 +37,7 @@ class MergedProduct:
             bias = torch.cat([weight.new_zeros(n) if b is None else b.detach() for b, n in pairs])
         is_packed = packing_pays(weight)
         is_small = weight.dtype == torch.float32 and weight.numel() < _LEAST_PACKED_ALONE
-        alone = None
+        alone: list[tuple[torch.Tensor, torch.Tensor | None]] | None = None
         if is_packed and is_small:
             alone = [(layer.weight.detach(), layer.bias) for layer in layers]
         return cls(

@@ -156,15 +156,19 @@ def new_models(make):
     return lambda: make(next(seeds))
 
 
+# Parts compute in float32 in a float64 model too: RMSNorm, eager attention's softmax, routers. How
+# much their rounding makes depends on the processor: 3e-7 to 1.2e-6 was seen.
+ROUNDING = 1e-5
+
 FAMILIES = [
     ("gpt2", {}, torch.float64, 1e-10),
     ("gpt_neox", {}, torch.float64, 1e-10),
-    ("qwen3", {}, torch.float64, 1e-6),
-    ("llama", {}, torch.float64, 1e-6),
-    ("mistral", {"sliding_window": 8}, torch.float64, 1e-6),
-    ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}, torch.float64, 1e-6),
-    ("cohere", {}, torch.float64, 1e-6),
-    ("granite", {"logits_scaling": 3.0}, torch.float64, 1e-6),
+    ("qwen3", {}, torch.float64, ROUNDING),
+    ("llama", {}, torch.float64, ROUNDING),
+    ("mistral", {"sliding_window": 8}, torch.float64, ROUNDING),
+    ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 8}, torch.float64, ROUNDING),
+    ("cohere", {}, torch.float64, ROUNDING),
+    ("granite", {"logits_scaling": 3.0}, torch.float64, ROUNDING),
     (
         "gpt_oss",
         {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -181,8 +185,6 @@ def test_packed_trees_have_the_objectives_and_gradients_of_flat_sequences_in_pla
     check_family(new_models(lambda seed: tiny_model(family, seed, **changes)), tolerance, dtype)
 
 
-# Rounding of parts that compute in float32 in a float64 model too: RMSNorm, eager attention's
-# softmax, routers.
 TOLERANCES = {"gpt2": 1e-10, "gpt_neox": 1e-10}
 
 
@@ -200,7 +202,7 @@ def test_every_family_that_the_engine_serves_trains_on_trees_as_on_sequences(fam
     make = new_models(lambda seed: served_model(family, seed))
     check_supported(make().config)
     every_clipped_loss_and_kl = ("ppo_clip, k1 and entropy", "cispo and k2", "gspo, k3 and entropy")
-    check_family(make, TOLERANCES.get(family, 1e-6), objectives=every_clipped_loss_and_kl)
+    check_family(make, TOLERANCES.get(family, ROUNDING), objectives=every_clipped_loss_and_kl)
 
 
 @pytest.mark.long
