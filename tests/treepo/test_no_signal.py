@@ -10,7 +10,7 @@ from training_runs import SMALL, run
 from treepo.advantages import filter_groups
 from treepo.checkpoint import RunState
 from treepo.cli import compose
-from treepo.config import TrainConfig
+from treepo.config import TrainConfig, strategy_settings
 from treepo.dynamic_sampling import StepBatch
 from treepo.session import Session
 from treepo.tracking import read_rows
@@ -56,7 +56,14 @@ def learn(*overrides, rewards, others=()):
     stages = SimpleNamespace(say=said.append, stage=lambda name: None)
     cluster = SimpleNamespace(update=lambda batches: updates.append(batches) or {})
     nothing = dict.fromkeys(Session.__dataclass_fields__)
-    opened = dict(config=config, cluster=cluster, progress=stages, timings={}, state=START)
+    opened = dict(
+        config=config,
+        strategy=strategy_settings(config),
+        cluster=cluster,
+        progress=stages,
+        timings={},
+        state=START,
+    )
     session = Unpublished(**nothing | opened)
     groups = [flat(scores) for scores in (rewards, *others)]
     counts = filter_groups(groups)[1]
