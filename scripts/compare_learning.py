@@ -128,14 +128,14 @@ def _amount(cost: str, value: float) -> str:
 def draw(curves: Mapping[str, Sequence[Curve]], title: str, output: Path) -> None:
     """A panel a cost; the line is the mean over seeds, the band its range."""
     figure, panels = plt.subplots(1, len(COSTS), figsize=(4.8 * len(COSTS), 3.8), sharey=True)
-    colors = plt.get_cmap("tab20")
+    colors = plt.get_cmap("tab10" if len(curves) <= 10 else "tab20")
     for number, (name, each) in enumerate(curves.items()):
         for panel, cost in zip(panels, COSTS, strict=True):
             scale = 1.0 if cost == "timing_s/step" else 1e6
             end = min(curve.costs[cost][-1] for curve in each)
             grid = np.linspace(0.0, end, 60)
             lines = np.array([np.interp(grid, c.costs[cost], c.accuracy) for c in each])
-            color = colors(number % 20)
+            color = colors(number % colors.N)
             panel.plot(grid / scale, lines.mean(axis=0), label=name, color=color, linewidth=1.4)
             if len(each) > 1:
                 panel.fill_between(
