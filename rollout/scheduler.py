@@ -272,7 +272,7 @@ def _result(request: ExtendRequest, completion: Completion) -> ExtendResult:
         logprobs=completion.logprobs,
         sampling_logprobs=completion.sampling_logprobs,
         finish_reason=completion.finish_reason,
-        policy_version=completion.policy_version,
+        policy_versions=completion.policy_versions,
         stop_reason=completion.stop_reason,
         entropy=completion.entropy,
         top_token_ids=completion.top_token_ids,

@@ -33,7 +33,7 @@ class Segment:
         sampling_logprobs: float32, under the behaviour policy (after top-p and the rest); zeros
             where not sampled.
         sampled: False for prompt and forced tokens, which are never trained.
-        policy_version: of the weights that drew it.
+        policy_versions: int32, of the weights that drew each token; zeros where not sampled.
         finish_reason: one of ``FINISH_REASONS`` for a trajectory's last segment, "" inside.
     """
 
@@ -44,7 +44,7 @@ class Segment:
     logprobs: np.ndarray
     sampling_logprobs: np.ndarray
     sampled: bool
-    policy_version: int
+    policy_versions: np.ndarray
     finish_reason: str = ""
 
     @property

@@ -141,7 +141,7 @@ class Life:
         for tree in trees:
             for index, segment in enumerate(tree.segments):
                 if segment.sampled:
-                    assert segment.policy_version == self.held
+                    assert (segment.policy_versions == self.held).all()
                     fresh = path_logprobs(model, tree.path_token_ids(index))
                     own = fresh[len(fresh) - segment.num_tokens :]
                     gap = np.abs(own - segment.logprobs).max(initial=0.0)

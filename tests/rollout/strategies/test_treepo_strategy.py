@@ -248,7 +248,7 @@ def test_an_eos_that_just_fits_counts_even_if_the_engine_calls_it_length(drive):
             logprobs=np.zeros(4, np.float32),
             sampling_logprobs=np.zeros(4, np.float32),
             finish_reason=LENGTH,
-            policy_version=0,
+            policy_versions=np.zeros(4, np.int32),
         )
         for request in requests
     ]

@@ -1,0 +1,134 @@
+"""Unfinished trees as records: what was drawn of a tree, and what is still asked for.
+
+A tree can be served in pieces, over several calls (``rollout.scheduler.grow``): a strategy asks for
+segments as ever, and a request that is cut short is put aside with what it has drawn. As draws are
+named by path key and depth, a tree grown in pieces under constant weights has exactly the tokens of
+one grown at once.
+
+With flat sampling this is partial rollout: Kimi k1.5 (arXiv 2501.12599, section 2.6.2), UloRL's
+segment rollout (arXiv 2507.19766, Algorithm 1: ``segment_length``) and APRIL (arXiv 2509.18521:
+``stop_when_finished``). A Growth holds no keys and values, so it may be kept in a file and go on in
+another process, under other weights.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rollout.extend import ExtendRequest
+from treepo.base.typed import check_types
+
+_FORMAT = 1  # of what ``dump_growths`` writes
+
+
+@dataclass
+class GrowthLimits:
+    """When a call ends though trees are unfinished.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    # tokens that a path may grow by in one call; 0: no limit. What continues a path, a forked child
+    # too, has what the path has left
+    segment_length: int = 0
+    # the call ends as soon as so many trees are finished; 0: when all are finished or at the limit
+    stop_when_finished: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "growth limit ")
+        for field in ("segment_length", "stop_when_finished"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ValueError(f"growth limit {field}={value}: it must be >= 0 (0 sets no limit)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Partial:
+    """What was drawn of a requested segment, arrays [n] with 0 <= n < ``spec.max_tokens``; see
+    ``rollout.extend.ExtendResult``.
+    """
+
+    request: ExtendRequest
+    token_ids: np.ndarray  # int32
+    logprobs: np.ndarray  # float32
+    sampling_logprobs: np.ndarray  # float32
+    policy_versions: np.ndarray  # int32
+    entropy: np.ndarray | None = None  # float32
+    top_token_ids: np.ndarray | None = None  # int32 [n, num_top_logprobs]
+    top_logprobs: np.ndarray | None = None  # float32 [n, num_top_logprobs]
+
+    @property
+    def request_id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Growth:
+    """An unfinished tree.
+
+    Attributes:
+        state: the strategy's own (``rollout.strategies.base``), with what was delivered to it.
+        partials: one for each request that the strategy waits for, by request id; of a request that
+            was not begun with no token.
+    """
+
+    problem_id: str
+    state: Any
+    partials: tuple[Partial, ...]
+
+    @property
+    def root_key(self) -> int:
+        """The prompt's, which names the tree."""
+        return self.state.segments[0].path_key
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the tree so far, the prompt's and those of unfinished segments included."""
+        received = getattr(self.state, "received", ())
+        return sum(
+            len(part.token_ids) for part in (*self.state.segments, *received, *self.partials)
+        )
+
+    @property
+    def num_response_tokens(self) -> int:
+        """As ``num_tokens``, without the prompt."""
+        return self.num_tokens - self.state.segments[0].num_tokens
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that drew its tokens; None if there are none yet."""
+        received = getattr(self.state, "received", ())
+        parts = (*self.state.segments[1:], *received, *self.partials)
+        versions = [int(part.policy_versions.min()) for part in parts if len(part.token_ids)]
+        return min(versions, default=None)
+
+
+def dump_growths(growths: Sequence[Growth]) -> bytes:
+    """For a checkpoint; ``load_growths`` reads it. Strategy states are pickled as they are."""
+    records = [(growth.problem_id, growth.state, growth.partials) for growth in growths]
+    return pickle.dumps((_FORMAT, records), protocol=5)
+
+
+def load_growths(data: bytes) -> list[Growth]:
+    """What ``dump_growths`` wrote. It is unpickled: read your own files alone.
+
+    Raises:
+        ValueError: it was written in another format.
+    """
+    found, records = pickle.loads(data)
+    if found != _FORMAT:
+        raise ValueError(
+            f"unfinished trees in format {found}: this version reads format {_FORMAT}; go on with "
+            "the version that wrote them, or start a new run"
+        )
+    return [Growth(problem_id=p, state=state, partials=parts) for p, state, parts in records]
