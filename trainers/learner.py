@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from trainers.metrics import MetricSums  # noqa: E402
 from trainers.model import PolicyModel, load_policy  # noqa: E402
 from trainers.objective import objective  # noqa: E402
 from trainers.packing import pack_row, path_tree  # noqa: E402
+from trainers.reference import load_reference  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
 from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
 from trainers.weight_sync import Publication, prepare  # noqa: E402
@@ -45,6 +47,7 @@ from treepo.base.digest import combine_digests, tensor_digests  # noqa: E402
 
 _TAG = "weights_and_optimizer"
 _META = "learner.json"
+ADAPTER_FOLDER = "adapter"  # in an exported folder
 # Files beside the weights that make an exported folder complete.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,22 +89,43 @@ class Learner:
         self.num_optimizer_steps = 0
         self._loss = POLICY_LOSSES.get(settings.policy_loss.name)
         _join(settings, rank, world_size, init_method)
-        policy = _load(model_path, settings, gradient_checkpointing=settings.gradient_checkpointing)
+        policy = load_policy(
+            model_path,
+            dtype=getattr(torch, settings.dtype),
+            logprob_chunk_size=settings.logprob_chunk_size,
+            fp32_lm_head=settings.fp32_lm_head,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            attention_kernel=settings.attention,
+            lora=settings.lora,
+        )
+        # Of what a resumed run has to find in the model's folder: frozen weights, and those that a
+        # KL penalty is towards.
+        self.initial_digest = ""
+        if settings.lora.is_on or settings.has_reference:
+            self.initial_digest = combine_digests(
+                tensor_digests(policy.weights(policy.model.state_dict()))
+            )
         self._engine = _make_engine(policy, settings)
         self.policy: PolicyModel = self._engine.module
         self.device = torch.device(self._engine.device)
         self.reference: PolicyModel | None = None
-        if settings.policy_loss.kl_loss_coef > 0:
+        if settings.has_reference and settings.reference == "own":
             # The weights that training began with, whole on every rank. A resumed run has the same
             # model path, so it gets the same.
-            self.reference = _load(model_path, settings).requires_grad_(False).to(self.device)
+            self.reference = load_reference(model_path, settings, self.device)
 
-    def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
+    def update(
+        self,
+        mini_batches: Sequence[Sequence[PackedBatch]],
+        ref_logprobs: Sequence[Sequence[torch.Tensor]] | None = None,
+    ) -> dict[str, float]:
         """One optimiser step for each mini-batch.
 
         Args:
             mini_batches: outer, optimiser steps; inner, this rank's rows (equally many on every
                 rank; see :func:`trainers.packing.pack`).
+            ref_logprobs: with ``reference=actor``, the reference's of every row [T], as
+                :class:`trainers.reference.Reference` gives them.
 
         Returns:
             Metrics over all ranks, the same on each.
@@ -115,7 +139,8 @@ class Learner:
             for at, row in enumerate(rows):
                 self._engine.set_gradient_accumulation_boundary(at == len(rows) - 1)
                 old = old_logprobs[number][at] if old_logprobs else None
-                loss = self._loss_of(row, sums, old, first_update=number == 0)
+                ref = ref_logprobs[number][at] if ref_logprobs is not None else None
+                loss = self._loss_of(row, sums, old, ref, first_update=number == 0)
                 self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
             grad_norm, applied = self._step()
             self.num_optimizer_steps += applied
@@ -156,8 +181,8 @@ class Learner:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All weights and persistent buffers as the engine stores them, by the names of the model's
-        ``state_dict`` (tied names share storage). They may be the live weights: read them before
-        the next update, and don't write to them.
+        ``state_dict`` (tied names share storage), adapters merged into the weights. They may be the
+        live weights: read them before the next update, and don't write to them.
         """
         with self._gathered() as state:
             return _copy_keeping_ties(state) if self._sharded else state
@@ -171,7 +196,12 @@ class Learner:
         """Write weights, optimiser, step count and random states; all ranks into one folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=_TAG,
+            save_latest=False,
+            exclude_frozen_parameters=self.policy.adapters is not None,
+        )
         torch.save(_random_state(), folder / f"random_state_rank_{self.rank}.pt")
         if self.rank == 0:
             (folder / _META).write_text(json.dumps(self._meta()))
@@ -188,7 +218,8 @@ class Learner:
         if not (folder / _META).is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {_META}: not a learner checkpoint")
         saved, own = json.loads((folder / _META).read_text()), self._meta()
-        for name in ("world_size", "zero_stage", "dtype", "optimizer"):
+        saved.setdefault("lora", None)  # of checkpoints from before there were adapters
+        for name in ("world_size", "zero_stage", "dtype", "optimizer", "lora"):
             if saved[name] != own[name]:
                 raise ValueError(
                     f"checkpoint {str(folder)!r} was written with {name}={saved[name]!r}, this "
@@ -197,12 +228,18 @@ class Learner:
                 )
         reference = saved.get("reference", "")
         if reference and own["reference"] and reference != own["reference"]:
+            with_lora = self.policy.adapters is not None
+            was = "its adapters on" if with_lora else "the KL penalty towards"
+            mend = "" if with_lora else ", or set policy_loss.kl_loss_coef=0"
             raise ValueError(
-                f"checkpoint {str(folder)!r} was trained with the KL penalty towards another model "
+                f"checkpoint {str(folder)!r} was trained with {was} another model "
                 f"than {self.model_path!r} holds now: put the model that the run began with back "
-                "there, or set policy_loss.kl_loss_coef=0"
+                f"there{mend}"
             )
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        # Frozen weights are not in the checkpoint: they are those of the model's folder.
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=self.policy.adapters is None
+        )
         if loaded is None:
             raise ValueError(f"checkpoint {str(folder)!r} lacks DeepSpeed's files under {_TAG}/")
         self.num_optimizer_steps = saved["num_optimizer_steps"]
@@ -213,12 +250,15 @@ class Learner:
 
     def export_hf(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` loads: safetensors, configuration, and the
-        tokenizer's files of the original model. Written by rank 0.
+        tokenizer's files of the original model. With adapters they are merged into the weights,
+        and stand by themselves in its subfolder ``adapter``. Written by rank 0.
         """
         folder = Path(folder)
-        with self._gathered() as state:
+        with self._whole_state() as own:
             if self.rank == 0:
-                self.policy.model.save_pretrained(folder, state_dict=state)
+                self.policy.model.save_pretrained(folder, state_dict=self.policy.weights(own))
+                if self.policy.adapters is not None:
+                    self.policy.adapters.save(own, folder / ADAPTER_FOLDER, self.model_path)
                 for name in _TOKENIZER_FILES:
                     source = Path(self.model_path) / name
                     if source.is_file() and not (folder / name).exists():
@@ -250,22 +290,26 @@ class Learner:
         return old
 
     def _loss_of(
-        self, row: PackedBatch, sums: MetricSums, old: torch.Tensor | None, *, first_update: bool
+        self,
+        row: PackedBatch,
+        sums: MetricSums,
+        old: torch.Tensor | None,
+        ref: torch.Tensor | None,
+        *,
+        first_update: bool,
     ) -> torch.Tensor:
         """The row's share of the objective.
 
         Args:
             old: with ``old_logprobs=recomputed``, the row's from before the first step [T]; None
                 in the first update.
+            ref: with ``reference=actor``, the reference's [T].
         """
         settings = self.settings.policy_loss
         batch = on_device(row, self.device)
         index = torch.nonzero(batch.weight > 0).squeeze(1)
+        ref_logprobs = self._ref_logprobs(batch, index, ref)
         logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
-        ref_logprobs = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logprobs, _ = self.reference(batch, index)
         old_logprobs = None  # as sampled
         if self.settings.old_logprobs == "recomputed":
             old_logprobs = logprobs.detach() if old is None else old.to(self.device)[index]
@@ -280,6 +324,22 @@ class Learner:
             difference = (logprobs.detach().exp() - sampled.exp()).abs()
             sums.add_difference("training/rollout_probs_diff", difference)
         return result.loss
+
+    def _ref_logprobs(
+        self, batch: PackedBatch, index: torch.Tensor, given: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The reference's log-probabilities [M] of the tokens ``index``; None without a penalty."""
+        if not self.settings.has_reference:
+            return None
+        if self.settings.reference == "actor":
+            assert given is not None, "reference=actor: log-probs of the reference did not come"
+            return given.to(self.device)[index]
+        with torch.no_grad():
+            if self.reference is not None:
+                return self.reference(batch, index)[0]
+            assert self.policy.adapters is not None
+            with self.policy.adapters.off():
+                return self._engine(batch, index)[0]
 
     def _step(self) -> tuple[float, bool]:
         """Clip and take the optimiser step; skipped when the gradient is not finite. Returns the
@@ -301,17 +361,19 @@ class Learner:
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The model's state dict with whole tensors; under ZeRO-3 valid inside the context only."""
+        """The weights of the plain model that the policy is, whole; under ZeRO-3 valid inside the
+        context only.
+        """
+        with self._whole_state() as state:
+            yield self.policy.weights(state)
+
+    @contextlib.contextmanager
+    def _whole_state(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The model's own state dict with whole tensors."""
         model = self.policy.model
         parameters = list(model.parameters()) if self._sharded else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
             yield {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-    def _reference_digest(self) -> str:
-        """Digest of the reference's weights; empty without one."""
-        if self.reference is None:
-            return ""
-        return combine_digests(tensor_digests(dict(self.reference.model.state_dict())))
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -319,7 +381,8 @@ class Learner:
             "zero_stage": self.settings.zero_stage,
             "dtype": self.settings.dtype,
             "optimizer": self.settings.optimizer.name,
-            "reference": self._reference_digest(),
+            "lora": asdict(self.settings.lora) if self.settings.lora.is_on else None,
+            "reference": self.initial_digest,
             "num_optimizer_steps": self.num_optimizer_steps,
         }
 
@@ -352,19 +415,6 @@ def _join(settings: LearnerSettings, rank: int, world_size: int, init_method: st
         )
 
 
-def _load(
-    model_path: str, settings: LearnerSettings, *, gradient_checkpointing: bool = False
-) -> PolicyModel:
-    return load_policy(
-        model_path,
-        dtype=getattr(torch, settings.dtype),
-        logprob_chunk_size=settings.logprob_chunk_size,
-        fp32_lm_head=settings.fp32_lm_head,
-        gradient_checkpointing=gradient_checkpointing,
-        attention_kernel=settings.attention,
-    )
-
-
 def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
     buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     if settings.zero_stage == 3:
@@ -373,7 +423,7 @@ def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=policy,
         optimizer=_make_optimizer(policy, settings.optimizer),
-        config=_engine_config(settings, sum(p.numel() for p in policy.parameters())),
+        config=_engine_config(settings, policy),
         dist_init_required=False,
     )
     for name, buffer in engine.module.named_buffers():
@@ -383,12 +433,11 @@ def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
 
 
 def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     if settings.name == "sgd":
-        return torch.optim.SGD(
-            policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        policy.parameters(),
+        parameters,
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
@@ -396,7 +445,9 @@ def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.o
     )
 
 
-def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, Any]:
+def _engine_config(settings: LearnerSettings, policy: PolicyModel) -> dict[str, Any]:
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     bf16 = settings.dtype == "bfloat16"
     # DeepSpeed accumulates bfloat16 gradients in float32 from stage 1 on. On the same weights the
     # update of stage 1 equals that of stage 0.
@@ -409,8 +460,8 @@ def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, 
             "stage": stage,
             # DeepSpeed allocates whole buckets (2 GB by default), and keeps tensors of less than
             # 100,000 elements on every rank: a small model would not be sharded at all.
-            "reduce_bucket_size": min(int(5e8), num_parameters),
-            "allgather_bucket_size": min(int(5e8), num_parameters),
+            "reduce_bucket_size": min(int(5e8), num_trained),
+            "allgather_bucket_size": min(int(5e8), num_trained),
             "stage3_prefetch_bucket_size": min(int(5e7), num_parameters),
             "stage3_param_persistence_threshold": min(int(1e5), num_parameters // 100),
         },

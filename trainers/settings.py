@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from trainers.lora_settings import LoraSettings
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
 
@@ -14,6 +15,7 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 ATTENTIONS = ("auto", "sdpa", "flex", "flash")
 OLD_LOGPROBS = ("sampled", "recomputed")
+REFERENCES = ("own", "lora_off")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
@@ -210,6 +212,10 @@ class LearnerSettings:
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights sharded
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     policy_loss: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)  # adapters in place of full training
+    # who says the log-probs that a KL penalty is towards: own (a copy of the initial model on every
+    # rank) | lora_off (the model without its adapters: no copy)
+    reference: str = "own"
     # "old" log-probs of the ratio: sampled (the engine's) | recomputed (the learner's own before a
     # step's first update; one more forward for each further update)
     old_logprobs: str = "sampled"
@@ -225,6 +231,8 @@ class LearnerSettings:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("old_logprobs", self.old_logprobs, OLD_LOGPROBS)
+        _one_of("reference", self.reference, REFERENCES)
+        self._check_reference()
         if self.old_logprobs == "recomputed" and not self._traits.uses_old_logprobs:
             users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
             raise ValueError(
@@ -236,6 +244,26 @@ class LearnerSettings:
         for name in ("max_tokens_per_micro_batch", "logprob_chunk_size", "init_timeout_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         _check("num_threads", self.num_threads, self.num_threads >= 0, ">= 0 (0: torch's choice)")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective has a KL penalty."""
+        return self.policy_loss.kl_loss_coef > 0
+
+    def _check_reference(self) -> None:
+        if self.reference == "own":
+            return
+        if not self.has_reference:
+            raise ValueError(
+                f"trainer.learner.reference={self.reference!r} is not used with "
+                "policy_loss.kl_loss_coef=0: set kl_loss_coef (such as 0.001), or leave reference "
+                "out"
+            )
+        if self.reference == "lora_off" and not self.lora.is_on:
+            raise ValueError(
+                "trainer.learner.reference='lora_off' needs adapters to switch off, but with "
+                "lora.rank=0 every weight is trained: set lora.rank (such as 32), or choose own"
+            )
 
     @property
     def _traits(self) -> LossTraits:

@@ -7,6 +7,7 @@ import struct
 from math import prod
 from pathlib import Path
 
+from trainers.lora_settings import ALL_LINEAR, LoraSettings
 from treepo.config import TrainConfig, resolve_model_path, strategy_settings, updates_per_step
 
 
@@ -44,16 +45,24 @@ def _memory(config: TrainConfig) -> dict[str, str]:
     parameters = sum(map(_num_parameters, files))
     width = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[config.engine.dtype]
     model = json.loads((folder / "config.json").read_text())
+    learner = config.trainer.learner
+    weights = parameters * {"float32": 4, "bfloat16": 2}[learner.dtype]
+    adapted = sum(_adapter_parameters(file, learner.lora) for file in files)
+    size, what = parameters * 16, "weights, gradients, two Adam moments in fp32"
+    if learner.lora.is_on:
+        size, what = weights + adapted * 16, "frozen weights; adapters as in full training"
     sizes = {
         "parameters": f"{parameters:,}",
-        "learner memory": f"{_gib(parameters * 16)} (weights, gradients, two Adam moments in fp32) "
-        f"over {config.cluster.num_learner_ranks} ranks, ZeRO {config.trainer.learner.zero_stage}",
+        **({"adapters": f"{adapted:,} parameters"} if learner.lora.is_on else {}),
+        "learner memory": f"{_gib(size)} ({what}) "
+        f"over {config.cluster.num_learner_ranks} ranks, ZeRO {learner.zero_stage}",
         "engine weights": _engine_weights(config, parameters * width),
     }
-    learner = config.trainer.learner
-    if learner.policy_loss.kl_loss_coef > 0:
-        size = parameters * {"float32": 4, "bfloat16": 2}[learner.dtype]
-        sizes["reference model"] = f"{_gib(size)} a learner rank, for the KL penalty"
+    if learner.has_reference:
+        sizes["reference model"] = {
+            "own": f"{_gib(weights)} a learner rank, for the KL penalty",
+            "lora_off": "none: the model without its adapters",
+        }[learner.reference]
     heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
     layers, hidden = model.get("num_hidden_layers"), model.get("hidden_size")
     if heads and layers and hidden:
@@ -70,13 +79,29 @@ def _engine_weights(config: TrainConfig, size: float) -> str:
 
 
 def _num_parameters(file: Path) -> int:
+    return sum(prod(shape) for shape in _shapes(file).values())
+
+
+def _adapter_parameters(file: Path, lora: LoraSettings) -> int:
+    """r (in + out) of each linear layer of a file of Llama's names, which end in ``_proj``."""
+    names = lora.target_modules
+    return sum(
+        lora.rank * sum(shape)
+        for name, shape in _shapes(file).items()
+        if name.endswith("_proj.weight")
+        and len(shape) == 2
+        and (names == [ALL_LINEAR] or name.split(".")[-2] in names)
+    )
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
     with file.open("rb") as stream:  # a safetensors file starts with the length of its JSON header
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         except (struct.error, ValueError) as error:
             raise ValueError(f"{file} is no complete safetensors file: {error}") from error
-    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _gib(size: float) -> str:

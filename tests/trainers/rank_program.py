@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from token_trees import random_tree, token_tree
 
-from trainers.batch import PackedBatch
+from trainers.batch import PackedBatch, TokenTree
 from trainers.learner import Learner
+from trainers.lora_settings import LoraSettings
 from trainers.packing import pack_row, total_weight
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
 
@@ -20,7 +22,20 @@ SEQUENCE_LOSS = PolicyLossSettings(
 )
 
 
-def learner_settings(policy_loss: PolicyLossSettings, zero_stage: int = 0) -> LearnerSettings:
+LORA = LoraSettings(rank=3, alpha=6)
+
+
+def drawn_trees(count: int, seed: int = 0) -> list[TokenTree]:
+    rng = random.Random(seed)
+    return [token_tree(random_tree(rng)) for _ in range(count)]
+
+
+def learner_settings(
+    policy_loss: PolicyLossSettings, zero_stage: int = 0, lora: LoraSettings | None = None
+) -> LearnerSettings:
+    if lora is not None:  # with the reference that only adapters can give
+        settings = learner_settings(policy_loss, zero_stage)
+        return replace(settings, lora=lora, reference="lora_off")
     return LearnerSettings(
         zero_stage=zero_stage,
         optimizer=SETTINGS,
@@ -55,13 +70,14 @@ def run(
     cases: Sequence[tuple[int, int]],
     folder: str,
     policy_loss: PolicyLossSettings,
+    lora: LoraSettings | None = None,
 ) -> None:
     """For each (ZeRO stage, accumulation): two SGD updates, then save the weights and metrics; at
     last a checkpoint's round trip.
     """
     torch.set_num_threads(1)
     for zero_stage, accumulation in cases:
-        settings = learner_settings(policy_loss, zero_stage)
+        settings = learner_settings(policy_loss, zero_stage, lora)
         learner = Learner(model_path, settings, rank, world_size, init_method)
         metrics = learner.update(dealt_rows(rank, world_size, accumulation))
         tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}

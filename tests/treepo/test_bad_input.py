@@ -24,6 +24,8 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("algorithm.adv_estimator=trepo", "unknown advantage estimator.*grpo.*treepo"),
         ("trainer.learner.policy_loss.name=ppo", "unknown policy loss.*ppo_clip"),
         ("trainer.learner.policy_loss.kl_loss_type=k1", "not used with kl_loss_coef=0"),
+        ("trainer.learner.reference=lora_off", "not used with policy_loss.kl_loss_coef=0"),
+        ("trainer.learner.lora.rank=-1", "lora.rank=-1: must be >= 0"),
         ("trainer.learner.policy_loss.clip_ratio_low=2", "clip_ratio_low=2.0: must be in"),
         ("reward.parts.reasoning_gym.name=maths", "unknown reward 'maths'.*math"),
         ("data.source=internet", "unknown data source.*file.*hub.*reasoning_gym"),

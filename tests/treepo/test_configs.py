@@ -72,6 +72,14 @@ def test_the_sizes_are_those_worked_out_by_hand():
     overrides += ["trainer.learner.policy_loss.kl_loss_coef=0.01"]
     with_kl = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart", *overrides]))
     assert with_kl["reference model"].startswith(f"{358_752 * 4 / 2**20:.1f} MiB a learner rank")
+    overrides += ["trainer.learner.lora.rank=2", "trainer.learner.reference=lora_off"]
+    lora = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart", *overrides]))
+    # q, k and v, o, gate and up, down of 3 layers of width 96, 4 and 2 heads of 32, MLP of 256
+    adapters = 2 * 3 * (96 + 128 + 2 * (96 + 64) + 128 + 96 + 2 * (96 + 256) + 256 + 96)
+    assert lora["adapters"] == f"{adapters:,} parameters"
+    memory = f"{(358_752 * 4 + adapters * 16) / 2**20:.1f} MiB (frozen weights"
+    assert lora["learner memory"].startswith(memory)
+    assert lora["reference model"] == "none: the model without its adapters"
     # 2 (K and V) x 3 layers x 2 heads x 32 x 4 bytes a token
     kv_bytes = 2 * 3 * 2 * 32 * 4 * config.engine.num_kv_slots
     assert sizes["KV pool"].startswith(f"{kv_bytes / 2**20:.1f} MiB")
