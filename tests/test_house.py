@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "treepo": None,
     "treepo.base": {"torch"},
 }
-ENTRY_MODULES = ("train", "sft", "evaluate", "export", "report")
+ENTRY_MODULES = ("train", "sft", "evaluate", "export", "report", "clean")
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:

@@ -167,12 +167,56 @@ def reasoning_gym_rows(settings: DataSettings) -> Iterator[Row]:
 @DATA_SOURCES.register("file")
 def file_rows(settings: DataSettings) -> Iterator[Row]:
     """Rows of local files."""
+    return (parsed(raw, settings) for raw in raw_file_rows(settings))
+
+
+@DATA_SOURCES.register("hub")
+def hub_rows(settings: DataSettings) -> Iterator[Row]:
+    """Rows of a data set of the Hugging Face Hub, or of a local folder of data files."""
+    return (parsed(raw, settings) for raw in raw_hub_rows(settings))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row as it stands in its source.
+
+    Attributes:
+        columns: as they were read, unchecked.
+        where: file and line, for errors.
+        origin: the file; "" where there is none.
+        data_source: for a row that names none.
+    """
+
+    columns: Any
+    id: str
+    where: str
+    origin: str
+    data_source: str
+
+
+def parsed(raw: RawRow, settings: DataSettings) -> Row:
+    """The problem that a row holds.
+
+    Raises:
+        ValueError: of ``parse_row``.
+    """
+    return parse_row(
+        raw.columns,
+        id=raw.id,
+        where=raw.where,
+        row_format=settings.row_format,
+        data_source=raw.data_source,
+    )
+
+
+def raw_file_rows(settings: DataSettings) -> Iterator[RawRow]:
+    """Rows of local files as they stand there."""
     names = Counter(Path(file).name for file in settings.files)
     for file in settings.files:
         path = Path(file).expanduser()
         if not path.is_file():
             raise ValueError(f"data.files: {file!r} does not exist (from {Path.cwd()})")
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+        readers = {".jsonl": read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if path.suffix not in readers:
             raise ValueError(
                 f"data.files: {file!r} must end in one of {', '.join(readers)} to be read"
@@ -180,18 +224,17 @@ def file_rows(settings: DataSettings) -> Iterator[Row]:
         # The same id wherever the file lies, unless two have one name.
         label = path.name if names[path.name] == 1 else file
         for index, (where, row) in enumerate(readers[path.suffix](path)):
-            yield parse_row(
-                row,
+            yield RawRow(
+                columns=row,
                 id=f"{label}:{index}",
                 where=where,
-                row_format=settings.row_format,
+                origin=file,
                 data_source=settings.data_source or path.stem,
             )
 
 
-@DATA_SOURCES.register("hub")
-def hub_rows(settings: DataSettings) -> Iterator[Row]:
-    """Rows of a data set of the Hugging Face Hub, or of a local folder of data files."""
+def raw_hub_rows(settings: DataSettings) -> Iterator[RawRow]:
+    """Rows of a data set as they stand there."""
     import datasets
 
     try:
@@ -207,11 +250,11 @@ def hub_rows(settings: DataSettings) -> Iterator[Row]:
             f"split={settings.split!r}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     for index, row in enumerate(rows):
-        yield parse_row(
-            row,
+        yield RawRow(
+            columns=row,
             id=f"{settings.name}/{settings.split}:{index}",
             where=f"{settings.name}, split {settings.split}, row {index}",
-            row_format=settings.row_format,
+            origin="",
             data_source=settings.data_source or settings.name,
         )
 
@@ -246,7 +289,8 @@ def _take(rows: Iterator[Row], most: int) -> list[Row]:
     return taken
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of each line that is not blank."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

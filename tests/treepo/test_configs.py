@@ -54,7 +54,7 @@ def test_every_choice_of_every_group_fits_the_default_configuration(choice):
 def test_no_configuration_is_left_out_of_these_tests():
     tested = {f"experiment/{name}.yaml" for name in EXPERIMENTS}
     tested |= {choice.replace("=", "/") + ".yaml" for choice in CHOICES}
-    tested |= {f"{name}.yaml" for name in ("train", "evaluate", "sft", "export", "report")}
+    tested |= {f"{name}.yaml" for name in ("train", "evaluate", "sft", "export", "report", "clean")}
     shipped = {str(p.relative_to(CONFIGS)) for p in Path(CONFIGS).rglob("*.yaml")}
     assert shipped == tested
 
