@@ -180,7 +180,7 @@ class Engine:
         """
         self._check_awake()
         length = self.store.resolve(node).end
-        self._check_length(length, spec.max_tokens)
+        self.check_length(length, spec.max_tokens)
         spec.check(self.vocabulary, length)
         self._stops.matchers(spec)
         return self._decoder.submit(node, spec, checked_path_key(path_key))
@@ -190,6 +190,13 @@ class Engine:
         or fetched, which is left alone.
         """
         return self._decoder.cancel(request_id)
+
+    def cut(self, request_id: int) -> Completion | None:
+        """End a request here and now: what it has drawn comes back as a segment that ended by
+        length, of no token if it has drawn none. One that has finished, but was not fetched, comes
+        back as it is; None if the request is unknown or fetched.
+        """
+        return self._decoder.cut(request_id)
 
     @property
     def num_waiting(self) -> int:
@@ -262,7 +269,7 @@ class Engine:
                 model's positions, or the engine sleeps.
         """
         self._check_awake()
-        self._check_length(self.store.resolve(node).end, len(tree))
+        self.check_length(self.store.resolve(node).end, len(tree))
         checked_token_ids("draft", tree.token_ids, self.vocabulary)
         with self._aside():
             budget = self.settings.max_tokens_per_step
@@ -316,7 +323,7 @@ class Engine:
         ids = checked_token_ids("path", token_ids, self.vocabulary)
         if not is_temperature(temperature):
             raise ValueError(f"temperature={temperature!r}: it must be {TEMPERATURES_ALLOWED}")
-        self._check_length(len(ids), 0)
+        self.check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)
         with self._aside():
@@ -491,7 +498,12 @@ class Engine:
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
 
-    def _check_length(self, length: int, max_tokens: int) -> None:
+    def check_length(self, length: int, max_tokens: int) -> None:
+        """
+        Raises:
+            ValueError: a path of ``length`` tokens and ``max_tokens`` more can never fit the pool
+                or the model's positions.
+        """
         total = length + max_tokens
         if total > self.pool.num_slots:
             raise ValueError(

@@ -16,13 +16,20 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollout.extend import ExtendRequest
+from rollout.extend import ExtendRequest, ExtendResult
 from treepo.base.typed import check_types
 
+if TYPE_CHECKING:  # the settings above load without torch
+    from rollout.requests import Completion
+
+_DRAWN = (
+    *("token_ids", "logprobs", "sampling_logprobs", "policy_versions"),
+    *("entropy", "top_token_ids", "top_logprobs"),
+)
 _FORMAT = 1  # of what ``dump_growths`` writes
 
 
@@ -111,6 +118,44 @@ class Growth:
         parts = (*self.state.segments[1:], *received, *self.partials)
         versions = [int(part.policy_versions.min()) for part in parts if len(part.token_ids)]
         return min(versions, default=None)
+
+
+def nothing_drawn(request: ExtendRequest) -> Partial:
+    """Of a request that was not begun."""
+    spec, n = request.spec, request.spec.num_top_logprobs
+    return Partial(
+        request=request,
+        token_ids=np.zeros(0, np.int32),
+        logprobs=np.zeros(0, np.float32),
+        sampling_logprobs=np.zeros(0, np.float32),
+        policy_versions=np.zeros(0, np.int32),
+        entropy=np.zeros(0, np.float32) if spec.wants_entropy else None,
+        top_token_ids=np.zeros((0, n), np.int32) if n else None,
+        top_logprobs=np.zeros((0, n), np.float32) if n else None,
+    )
+
+
+def joined(partial: Partial, completion: Completion) -> Partial:
+    """What was drawn of a segment and what a later request drew behind it."""
+    if not partial.num_tokens:
+        parts = {name: getattr(completion, name) for name in _DRAWN}
+    else:
+        parts = {
+            name: None if before is None else np.concatenate([before, getattr(completion, name)])
+            for name in _DRAWN
+            for before in [getattr(partial, name)]
+        }
+    return Partial(request=partial.request, **parts)
+
+
+def result(drawn: Partial, completion: Completion) -> ExtendResult:
+    """The whole segment ``drawn``, whose last piece was ``completion``."""
+    return ExtendResult(
+        request=drawn.request,
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        **{name: getattr(drawn, name) for name in _DRAWN},
+    )
 
 
 def dump_growths(growths: Sequence[Growth]) -> bytes:

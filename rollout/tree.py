@@ -111,3 +111,23 @@ class Tree:
             and np.array_equal(a.token_ids, b.token_ids)
             for a, b in zip(self.segments, other.segments, strict=True)
         )
+
+
+def num_unique_tokens(tree: Tree) -> int:
+    """Tokens of a tree from which another token was predicted, each counted once: what must at
+    least be forwarded to grow it without a cache from earlier trees.
+    """
+    has_next = {segment.parent for segment in tree.segments if segment.num_tokens}
+    total = 0
+    for index, segment in enumerate(tree.segments):
+        if segment.num_tokens:
+            total += segment.num_tokens - (0 if _is_continued(tree, index, has_next) else 1)
+    return total
+
+
+def _is_continued(tree: Tree, index: int, has_next: set[int]) -> bool:
+    """Whether some segment with tokens follows, perhaps after empty ones."""
+    if index in has_next:
+        return True
+    empty = [i for i, s in enumerate(tree.segments) if s.parent == index and not s.num_tokens]
+    return any(_is_continued(tree, i, has_next) for i in empty)

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger
 from rollout.settings import EngineSettings
 from rollout.strategies.base import Prompt
@@ -29,6 +30,7 @@ from trainers.settings import LearnerSettings
 from trainers.worker import LearnerWorker
 from treepo.base.errors import RunFailed
 from treepo.config import ClusterConfig
+from treepo.shares import deal, limits_of_shares
 
 
 class WorkerLost(RunFailed):
@@ -154,20 +156,45 @@ class Cluster:
         """Grow one tree a prompt; trees come back in the prompts' order, whichever worker grew
         them.
         """
-        workers = self.rollout[: len(prompts)]
-        shares = [prompts[rank :: len(workers)] for rank in range(len(workers))]
+        grown, ledger = self.grow(prompts, strategy, settings, policy_version, GrowthLimits())
+        return [tree for tree in grown if isinstance(tree, Tree)], ledger
+
+    def grow(
+        self,
+        work: Sequence[Prompt | Growth],
+        strategy: str,
+        settings: Any,
+        policy_version: int,
+        limits: GrowthLimits,
+        expected_tokens: Sequence[float] | None = None,
+    ) -> tuple[list[Tree | Growth], CostLedger]:
+        """Grow new and unfinished trees until they are finished or the limits are reached; they
+        come back in the order of ``work``. A tree may go on on any worker.
+
+        Args:
+            expected_tokens: of each tree yet; the longest are served first and dealt evenly.
+        """
+        shares = deal(len(work), len(self.rollout), expected_tokens)
         refs = [
-            worker.sample.remote(share, strategy, settings, policy_version)
-            for worker, share in zip(workers, shares, strict=True)
+            worker.grow.remote(
+                [work[i] for i in share],
+                strategy,
+                settings,
+                policy_version,
+                limit,
+                None if expected_tokens is None else [expected_tokens[i] for i in share],
+            )
+            for worker, share, limit in zip(
+                self.rollout, shares, limits_of_shares(limits, list(map(len, shares))), strict=False
+            )
         ]
         answers = self._get("rollout worker", refs, self.config.call_timeout_seconds)
-        trees: list[Tree | None] = [None] * len(prompts)
+        found: dict[int, Tree | Growth] = {}
         ledger = CostLedger()
-        for rank, (grown, cost) in enumerate(answers):
-            trees[rank :: len(workers)] = grown
+        for share, (grown, cost) in zip(shares, answers, strict=True):
+            found.update(zip(share, grown, strict=True))
             ledger = ledger + cost
-        assert all(tree is not None for tree in trees)
-        return trees, ledger  # type: ignore[return-value]
+        return [found[i] for i in range(len(work))], ledger
 
     def update(self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]]) -> dict[str, float]:
         """One optimiser step a mini-batch.

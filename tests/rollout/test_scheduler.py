@@ -11,12 +11,12 @@ from tiny_models import VOCABULARY, path_logprobs, tiny_model
 
 from rollout.engine import Engine
 from rollout.extend import ExtendSpec
-from rollout.scheduler import generate, generate_all, num_unique_tokens
+from rollout.scheduler import generate, generate_all
 from rollout.settings import EngineSettings
 from rollout.strategies.arena import sampled_segment
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
-from rollout.tree import Tree
+from rollout.tree import Tree, num_unique_tokens
 from treepo.base.keys import root_key
 
 STOP = 4
