@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 ATTENTIONS = ("auto", "sdpa", "flex", "flash")
 OLD_LOGPROBS = ("sampled", "recomputed")
-REFERENCES = ("own", "lora_off")
+REFERENCES = ("own", "actor", "lora_off")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
@@ -214,7 +214,8 @@ class LearnerSettings:
     policy_loss: PolicyLossSettings = field(default_factory=PolicyLossSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)  # adapters in place of full training
     # who says the log-probs that a KL penalty is towards: own (a copy of the initial model on every
-    # rank) | lora_off (the model without its adapters: no copy)
+    # rank) | actor (processes of their own: cluster.num_reference_workers) | lora_off (the model
+    # without its adapters: no copy)
     reference: str = "own"
     # "old" log-probs of the ratio: sampled (the engine's) | recomputed (the learner's own before a
     # step's first update; one more forward for each further update)
@@ -262,7 +263,8 @@ class LearnerSettings:
         if self.reference == "lora_off" and not self.lora.is_on:
             raise ValueError(
                 "trainer.learner.reference='lora_off' needs adapters to switch off, but with "
-                "lora.rank=0 every weight is trained: set lora.rank (such as 32), or choose own"
+                "lora.rank=0 every weight is trained: set lora.rank (such as 32), or choose own "
+                "or actor"
             )
 
     @property

@@ -27,7 +27,7 @@ from rollout.tree import Tree
 from rollout.worker import RolloutWorker
 from trainers.batch import PackedBatch
 from trainers.settings import LearnerSettings
-from trainers.worker import LearnerWorker
+from trainers.worker import LearnerWorker, ReferenceWorker
 from treepo.base.errors import RunFailed
 from treepo.config import ClusterConfig
 from treepo.shares import deal, limits_of_shares
@@ -46,12 +46,24 @@ def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
     Raises:
         ValueError: not enough of something; says how much is missing and what to lower.
     """
-    for kind, a_worker, a_rank in (
-        ("CPU", config.cpus_per_rollout_worker, config.cpus_per_learner_rank),
-        ("GPU", config.gpus_per_rollout_worker, config.gpus_per_learner_rank),
+    for kind, a_worker, a_rank, a_reference in (
+        (
+            "CPU",
+            config.cpus_per_rollout_worker,
+            config.cpus_per_learner_rank,
+            config.cpus_per_reference_worker,
+        ),
+        (
+            "GPU",
+            config.gpus_per_rollout_worker,
+            config.gpus_per_learner_rank,
+            config.gpus_per_reference_worker,
+        ),
     ):
         rollout, learner = a_worker * config.num_rollout_workers, a_rank * config.num_learner_ranks
+        reference = a_reference * config.num_reference_workers
         need = max(rollout, learner) if config.colocate else rollout + learner
+        need += reference
         have = available.get(kind, 0.0)
         if need > have:
             where = f"the Ray cluster at {config.address}" if config.address else "this machine"
@@ -60,9 +72,15 @@ def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
                 f"not enough {kind}s: "
                 f"cluster.num_rollout_workers={config.num_rollout_workers} x {a_worker:g} and "
                 f"cluster.num_learner_ranks={config.num_learner_ranks} x {a_rank:g}, {together}, "
+                f"{_and_references(config, a_reference)}"
                 f"need {need:g}, but {where} has {have:g}; {need - have:g} missing. "
                 "Lower the numbers or set cluster.address to a larger Ray cluster"
             )
+
+
+def _and_references(config: ClusterConfig, each: float) -> str:
+    count = config.num_reference_workers
+    return f"and cluster.num_reference_workers={count} x {each:g} " if count else ""
 
 
 def local_resources() -> dict[str, float]:
@@ -81,8 +99,10 @@ class Cluster:
     config: ClusterConfig
     rollout: list[Any] = field(default_factory=list)
     learners: list[Any] = field(default_factory=list)
+    references: list[Any] = field(default_factory=list)
     _rollout_setups: list[Any] = field(default_factory=list)
     _learner_setups: list[Any] = field(default_factory=list)
+    _reference_setups: list[Any] = field(default_factory=list)
     _has_weight_group: bool = False
 
     def __enter__(self) -> Cluster:
@@ -105,7 +125,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for actor in self.rollout + self.learners:
+        for actor in self.rollout + self.learners + self.references:
             ray.kill(actor)
         ray.shutdown()
 
@@ -128,7 +148,11 @@ class Cluster:
         ]
 
     def start_learners(self, model_path: str, settings: LearnerSettings) -> None:
-        """Start the learner ranks; they meet in :meth:`wait_until_ready`."""
+        """Start the learner ranks, which meet in :meth:`wait_until_ready`, and with
+        ``reference=actor`` those who hold the reference.
+        """
+        if settings.reference == "actor":
+            self._start_references(model_path, settings)
         share = 0.5 if self.config.colocate else 1.0
         world = self.config.num_learner_ranks
         actor = ray.remote(LearnerWorker).options(
@@ -144,11 +168,36 @@ class Cluster:
             learner.setup.remote(address, model_path, settings) for learner in self.learners
         ]
 
+    def _start_references(self, model_path: str, settings: LearnerSettings) -> None:
+        actor = ray.remote(ReferenceWorker).options(
+            num_cpus=self.config.cpus_per_reference_worker,
+            num_gpus=self.config.gpus_per_reference_worker,
+        )
+        self.references = [actor.remote() for _ in range(self.config.num_reference_workers)]
+        self._reference_setups = [
+            worker.setup.remote(model_path, settings) for worker in self.references
+        ]
+
     def wait_until_ready(self) -> None:
-        """Wait until every worker has loaded its model, at most ``start_timeout_seconds``."""
+        """Wait until every worker has loaded its model, at most ``start_timeout_seconds``.
+
+        Raises:
+            ValueError: a reference holds another model than the learner began with.
+        """
         timeout = self.config.start_timeout_seconds
         self._get("rollout worker", self._rollout_setups, timeout)
         self._get("learner rank", self._learner_setups, timeout)
+        self._get("reference worker", self._reference_setups, timeout)
+        if self.references:
+            expected = self.on_learners("initial_digest")[0]
+            calls = [worker.digest.remote() for worker in self.references]
+            for rank, digest in enumerate(self._get("reference worker", calls, timeout)):
+                if digest != expected:
+                    raise ValueError(
+                        f"reference worker {rank} loaded another model (digest {digest}) than the "
+                        f"learner ({expected}): the folder of model.path must be the same on every "
+                        "machine"
+                    )
 
     def sample(
         self, prompts: Sequence[Prompt], strategy: str, settings: Any, policy_version: int
@@ -202,11 +251,25 @@ class Cluster:
         Args:
             mini_batches: indexed [rank][mini-batch][micro-batch].
         """
+        rows: list[Any] = list(mini_batches)
+        logprobs: list[Any] = [None] * len(rows)
+        if self.references:
+            rows = [ray.put(batches) for batches in rows]  # sent to two processes
+            logprobs = self._reference_logprobs(rows)
         refs = [
-            learner.update.remote(batches)
-            for learner, batches in zip(self.learners, mini_batches, strict=True)
+            learner.update.remote(batches, of_reference)
+            for learner, batches, of_reference in zip(self.learners, rows, logprobs, strict=True)
         ]
         return self._get("learner rank", refs, self.config.call_timeout_seconds)[0]
+
+    def _reference_logprobs(self, rows: list[Any]) -> list[Any]:
+        """Where the object store has what the references say of each rank's ``rows``."""
+        calls = [
+            self.references[rank % len(self.references)].logprobs.remote(batches)
+            for rank, batches in enumerate(rows)
+        ]
+        self._get("reference worker", calls, self.config.call_timeout_seconds)  # who fails is named
+        return calls
 
     def transfer_weights(
         self, version: int, dtype: str

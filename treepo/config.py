@@ -105,6 +105,11 @@ class ClusterConfig:
     cpus_per_learner_rank: float = 1.0
     gpus_per_rollout_worker: float = 0.0
     gpus_per_learner_rank: float = 0.0
+    # with trainer.learner.reference=actor: processes that hold the KL penalty's reference, beside
+    # those above
+    num_reference_workers: int = 0
+    cpus_per_reference_worker: float = 1.0
+    gpus_per_reference_worker: float = 0.0
     colocate: bool = True  # rollout and learner take turns on the same processors
     # how new weights reach the engines: object_store (shared memory of each machine, copied between
     # machines once), or group (broadcast over NCCL, or gloo where a GPU is shared or there is none)
@@ -118,7 +123,15 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("num_rollout_workers", "num_learner_ranks"):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("cpus_per_rollout_worker", "cpus_per_learner_rank"):
+        require(
+            "cluster.num_reference_workers", self.num_reference_workers,
+            self.num_reference_workers >= 0, ">= 0",
+        )  # fmt: skip
+        for name in (
+            "cpus_per_rollout_worker",
+            "cpus_per_learner_rank",
+            "cpus_per_reference_worker",
+        ):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
         require(
             "cluster.weight_transport", self.weight_transport,
@@ -166,6 +179,7 @@ class TrainConfig:
                 f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
                 "train on; lower the one or raise the other"
             )
+        self._check_reference()
         name, strategy = strategy_settings(self)
         self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)
@@ -177,6 +191,21 @@ class TrainConfig:
             raise ValueError(
                 f"trainer.learner.optimizer.lr_warmup_steps={warmup} is not less than the run's "
                 f"{updates} updates: lower it, or raise trainer.total_steps"
+            )
+
+    def _check_reference(self) -> None:
+        workers, reference = self.cluster.num_reference_workers, self.trainer.learner.reference
+        if reference == "actor" and not workers:
+            raise ValueError(
+                "trainer.learner.reference='actor' needs processes that hold the reference, but "
+                "cluster.num_reference_workers=0: set it to 1 or more, or choose "
+                "trainer.learner.reference=own"
+            )
+        if workers and reference != "actor":
+            raise ValueError(
+                f"cluster.num_reference_workers={workers} is not used with "
+                f"trainer.learner.reference={reference!r}: leave it out, or set "
+                "trainer.learner.reference=actor"
             )
 
     def _check_lengths(self, strategy: Any) -> None:

@@ -73,6 +73,10 @@ class SFTSettings:
         _require("seed", self.seed, self.seed >= 0, ">= 0")
         _require("steps", self.steps, self.steps >= 1, ">= 1")
         _require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        if self.learner.reference == "actor":
+            raise ValueError(
+                "learner.reference='actor': this command has one process; choose own or lora_off"
+            )
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -61,6 +61,8 @@ def _memory(config: TrainConfig) -> dict[str, str]:
     if learner.has_reference:
         sizes["reference model"] = {
             "own": f"{_gib(weights)} a learner rank, for the KL penalty",
+            "actor": f"{_gib(weights)} a reference worker, of which there are "
+            f"{config.cluster.num_reference_workers}",
             "lora_off": "none: the model without its adapters",
         }[learner.reference]
     heads = model.get("num_key_value_heads") or model.get("num_attention_heads")

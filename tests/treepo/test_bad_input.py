@@ -25,6 +25,8 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("trainer.learner.policy_loss.name=ppo", "unknown policy loss.*ppo_clip"),
         ("trainer.learner.policy_loss.kl_loss_type=k1", "not used with kl_loss_coef=0"),
         ("trainer.learner.reference=lora_off", "not used with policy_loss.kl_loss_coef=0"),
+        ("cluster.num_reference_workers=1", "not used with trainer.learner.reference='own'"),
+        ("cluster.num_reference_workers=-1", "num_reference_workers"),
         ("trainer.learner.lora.rank=-1", "lora.rank=-1: must be >= 0"),
         ("trainer.learner.policy_loss.clip_ratio_low=2", "clip_ratio_low=2.0: must be in"),
         ("reward.parts.reasoning_gym.name=maths", "unknown reward 'maths'.*math"),
