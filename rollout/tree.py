@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -98,6 +98,17 @@ class Tree:
     @property
     def num_leaves(self) -> int:
         return len(self.leaves)
+
+    def pruned(self) -> Tree:
+        """The tree without the segments that no leaf's path uses, in the same order."""
+        used = sorted({0}.union(*(self.path(leaf) for leaf in self.leaves)))
+        place = {index: i for i, index in enumerate(used)}
+        segments = (self.segments[index] for index in used)
+        return replace(
+            self,
+            segments=tuple(replace(s, parent=place.get(s.parent, -1)) for s in segments),
+            leaves=tuple(place[leaf] for leaf in self.leaves),
+        )
 
     def same_tokens(self, other: Tree) -> bool:
         """Whether both trees have the same shape, path keys, tokens and finish reasons (log-probs

@@ -157,6 +157,11 @@ class RolloutWorker:
         """float32 [n] for each path of n tokens; see ``Engine.score_path``."""
         return [self._engine.score_path(path, temperature) for path in paths]
 
+    def drop_cache(self) -> None:
+        """Forget all keys and values: what follows rounds as in an engine that was just started."""
+        self._engine.sleep()
+        self._engine.wake()
+
     def policy_version(self) -> int:
         """Version of the weights the engine holds."""
         return self._engine.policy_version

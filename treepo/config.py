@@ -23,6 +23,7 @@ from treepo.algorithm_settings import (
 )
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
+from treepo.segment_settings import SegmentSettings
 from treepo.tracking_settings import TrackingSettings
 
 ASSET_PREFIX = "asset:"
@@ -54,6 +55,7 @@ class TrainerConfig:
     shuffle_rewards: bool = (
         False  # control experiment: permute the batch's rewards among its leaves
     )
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
 
     def __post_init__(self) -> None:
@@ -185,6 +187,7 @@ class TrainConfig:
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         check_forks(self.algorithm, name, strategy)
+        check_segments(self, strategy)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
@@ -295,6 +298,23 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
         f"segment below the prompt, and with {cause} there are none, so every advantage would be "
         f"0: choose algorithm.adv_estimator='grpo', or {mend}"
     )
+
+
+def check_segments(config: TrainConfig, strategy: Any) -> None:
+    """
+    Raises:
+        ValueError: segments that do not fit the rollout, or further batches in a step of them.
+    """
+    segments, algorithm = config.trainer.segments, config.algorithm
+    segments.check_against(n=strategy.n, max_response_length=strategy.max_response_length)
+    if segments.is_on and algorithm.max_num_gen_batches > 1:
+        raise ValueError(
+            f"algorithm.max_num_gen_batches={algorithm.max_num_gen_batches} asks for further "
+            "batches of prompts within a step, and with trainer.segments.segment_length="
+            f"{segments.segment_length} a step grows every prompt by one segment alone: set "
+            "algorithm.max_num_gen_batches=1 and trainer.segments.train_on=full_batch, under which "
+            "an update waits until trainer.train_batch_size groups with a signal are there"
+        )
 
 
 def check_group(algorithm: AdvantageSettings, strategy: Any) -> None:

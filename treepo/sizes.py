@@ -23,6 +23,7 @@ def derived_sizes(config: TrainConfig) -> dict[str, str]:
         "updates in all": str(updates * trainer.total_steps),
         "prompts in all": str(trainer.train_batch_size * trainer.total_steps),
         **_dynamic_sampling(config),
+        **_segments(config, strategy.max_response_length),
         "longest path": f"{config.max_prompt_length + strategy.max_response_length} tokens",
     }
     sizes.update(_memory(config))
@@ -35,6 +36,18 @@ def _dynamic_sampling(config: TrainConfig) -> dict[str, str]:
         return {}
     prompts = most * config.trainer.train_batch_size
     return {"dynamic sampling": f"up to {most} batches, {prompts} prompts a step"}
+
+
+def _segments(config: TrainConfig, max_response_length: int) -> dict[str, str]:
+    segments = config.trainer.segments
+    if not segments.is_on:
+        return {}
+    number = segments.num_segments(max_response_length)
+    age = f"{segments.max_staleness} (cap)" if segments.max_staleness else f"{number - 1}"
+    return {
+        "segments": f"up to {number} of {segments.segment_length} tokens a response, under as many "
+        f"policies: tokens up to {age} updates old if their group waits for none longer"
+    }
 
 
 def _memory(config: TrainConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from rewards.pool import count_outcomes
 from rewards.records import RewardResult
 from rollout.metrics import CostLedger
 from rollout.tree import TRUNCATED, Tree
-from treepo.advantages import leaf_num_tokens
+from treepo.advantages import ScoredTree, leaf_num_tokens
 
 
 def rollout_metrics(trees: Sequence[Tree], ledger: CostLedger) -> dict[str, float]:
@@ -84,3 +84,28 @@ def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, floa
         values = [verdict.parts[part] for verdict in judged if part in verdict.parts]
         metrics[f"reward/part/{part}"] = float(np.mean(values))
     return metrics
+
+
+def age_metrics(groups: Sequence[ScoredTree], version: int) -> dict[str, float]:
+    """How old the tokens are that an update trains on, in updates (``version`` less that of the
+    weights that drew them), a shared token once; and how many versions a response's tokens are of.
+    """
+    ages, versions = [np.zeros(0, np.int64)], []
+    for group in groups:
+        tree = group.tree
+        trains = group.valid if group.in_loss is None else group.valid & group.in_loss
+        paths = [tree.path(leaf) for leaf in np.array(tree.leaves)[trains]]
+        used = {index for path in paths for index in path if tree.segments[index].sampled}
+        ages += [version - tree.segments[index].policy_versions for index in sorted(used)]
+        for path in paths:
+            of_path = [tree.segments[i].policy_versions for i in path if i in used]
+            versions.append(len(np.unique(np.concatenate([np.zeros(0, int), *of_path]))))
+    every = np.concatenate(ages)
+    if not len(every):
+        return {}
+    return {
+        "training/staleness/mean": float(every.mean()),
+        "training/staleness/max": float(every.max()),
+        "training/versions_per_response/mean": float(np.mean(versions)),
+        "training/versions_per_response/max": float(max(versions)),
+    }
