@@ -43,10 +43,10 @@ def _segments(config: TrainConfig, max_response_length: int) -> dict[str, str]:
     if not segments.is_on:
         return {}
     number = segments.num_segments(max_response_length)
-    age = f"{segments.max_staleness} (cap)" if segments.max_staleness else f"{number - 1}"
+    cap = f", at most {segments.max_staleness} (cap)" if segments.max_staleness else ""
     return {
-        "segments": f"up to {number} of {segments.segment_length} tokens a response, under as many "
-        f"policies: tokens up to {age} updates old if their group waits for none longer"
+        "segments": f"up to {number} of {segments.segment_length} tokens a response: its oldest "
+        f"token is up to {number - 1} updates old when it ends{cap}"
     }
 
 

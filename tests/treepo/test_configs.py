@@ -24,6 +24,7 @@ CHOICES = [f"{group}={p.stem}" for group in GROUPS for p in (CONFIGS / group).gl
 NEEDED = {
     "data=file": ["data.files=[rows.jsonl]"],
     "+experiment=treepo_paper": ["data.files=[rows.jsonl]"],
+    "+experiment=ulorl_paper": ["data.files=[rows.jsonl]"],
     "reward=custom": ["reward.parts.custom.name=rewards.exact:make"],
 }
 
@@ -116,3 +117,33 @@ def test_the_paper_s_recipe_is_the_paper_s():
     lengths = {6656: 0.0, 6912: -0.5, 7168: -1.0}  # the buffer is the last 512 tokens
     for num_tokens, value in lengths.items():
         assert part(replace(item, num_tokens=num_tokens)).value == value
+
+
+def test_ulorl_s_recipe_is_the_paper_s():
+    config = compose("train", TrainConfig, ["+experiment=ulorl_paper", "data.files=[rows.jsonl]"])
+    name, rollout = strategy_settings(config)
+    assert (name, rollout.n, rollout.temperature, rollout.top_p) == ("flat", 8, 0.85, 1.0)
+    trainer = config.trainer
+    assert rollout.max_response_length == 2**17 and trainer.segments.segment_length == 2**14
+    assert trainer.segments.num_segments(rollout.max_response_length) == 8
+    assert trainer.train_batch_size == trainer.ppo_mini_batch_size == 128
+    assert derived_sizes(config)["updates a step"] == "1 of 128 prompts each"
+    algorithm, loss = config.algorithm, trainer.learner.policy_loss
+    assert (algorithm.adv_estimator, algorithm.divides_by) == ("grpo", "tree")
+    assert (algorithm.loss_weighting, algorithm.filter_groups) == ("token_mean", True)
+    assert algorithm.overlong == "zero" and loss.kl_loss_coef == 0
+    optimizer = trainer.learner.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.lr_schedule) == ("adamw", 1e-6, "constant")
+    assert trainer.learner.old_logprobs == "recomputed"
+    evaluation = config.evaluation
+    assert (evaluation.num_samples, evaluation.temperature, evaluation.top_p) == (32, 0.85, 0.95)
+
+
+@pytest.mark.parametrize("choices", [[], ["rollout=treepo_short", "algorithm=treepo"]])
+def test_the_segmented_quickstart_is_the_quickstart_in_segments(choices):
+    plain = compose("train", TrainConfig, ["+experiment=quickstart", *choices])
+    config = compose("train", TrainConfig, ["+experiment=quickstart_segments", *choices])
+    assert config.rollout["strategy"] == ("treepo" if choices else "flat")
+    assert config.algorithm.adv_estimator == ("treepo" if choices else "grpo")
+    assert config.rollout["max_response_length"] == 64 and config.trainer.segments.is_on
+    assert config.data == plain.data and config.trainer.total_steps == plain.trainer.total_steps
