@@ -28,10 +28,14 @@ SMALL = [
     "reward.num_workers=1",
 ]
 
+OF_TREES = "rollout.initial_divergence"  # what flat sampling has no setting for
+
 
 def command(outputs: Path, *overrides: str) -> list[str]:
     """``python -m treepo.train`` on a few problems, writing below ``outputs``."""
-    return [sys.executable, "-m", "treepo.train", *SMALL, f"output_dir={outputs}", *overrides]
+    flat = "rollout=flat" in overrides
+    small = [word for word in SMALL if not (flat and word.startswith(OF_TREES))]
+    return [sys.executable, "-m", "treepo.train", *small, f"output_dir={outputs}", *overrides]
 
 
 def start(outputs: Path, *overrides: str) -> subprocess.Popen[str]:
