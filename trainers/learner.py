@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,21 @@ from trainers.batch import PackedBatch, on_device  # noqa: E402
 from trainers.logprobs import LogprobHead  # noqa: E402
 from trainers.losses import POLICY_LOSSES, trained_tokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
+from trainers.mismatch import add_ages, add_mismatch  # noqa: E402
 from trainers.model import PolicyModel, load_policy  # noqa: E402
 from trainers.objective import objective  # noqa: E402
+from trainers.off_policy import trained_index  # noqa: E402
 from trainers.packing import pack_row, path_tree  # noqa: E402
+from trainers.policy_view import (  # noqa: E402
+    UpdateFacts,
+    add_masked,
+    facts_of_update,
+    policy_view,
+    ratio_logprobs,
+)
 from trainers.reference import load_reference  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
-from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
+from trainers.settings import LearnerSettings, OptimizerSettings, loss_traits  # noqa: E402
 from trainers.weight_sync import Publication, prepare  # noqa: E402
 from treepo.base.digest import combine_digests, tensor_digests  # noqa: E402
 
@@ -118,6 +127,7 @@ class Learner:
         self,
         mini_batches: Sequence[Sequence[PackedBatch]],
         ref_logprobs: Sequence[Sequence[torch.Tensor]] | None = None,
+        policy_version: int = 0,
     ) -> dict[str, float]:
         """One optimiser step for each mini-batch.
 
@@ -126,6 +136,7 @@ class Learner:
                 rank; see :func:`trainers.packing.pack`).
             ref_logprobs: with ``reference=actor``, the reference's of every row [T], as
                 :class:`trainers.reference.Reference` gives them.
+            policy_version: of the weights before this call, to which tokens' ages are counted.
 
         Returns:
             Metrics over all ranks, the same on each.
@@ -136,11 +147,14 @@ class Learner:
             rate = learning_rate(self.settings.optimizer, self.num_optimizer_steps)
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = rate
+            old = old_logprobs[number] if old_logprobs else [None] * len(rows)
+            facts = facts_of_update(
+                rows, old, self.settings, policy_version, self._forward, self.device
+            )
             for at, row in enumerate(rows):
                 self._engine.set_gradient_accumulation_boundary(at == len(rows) - 1)
-                old = old_logprobs[number][at] if old_logprobs else None
                 ref = ref_logprobs[number][at] if ref_logprobs is not None else None
-                loss = self._loss_of(row, sums, old, ref, first_update=number == 0)
+                loss = self._loss_of(row, sums, old[at], ref, facts, first_update=number == 0)
                 self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
             grad_norm, applied = self._step()
             self.num_optimizer_steps += applied
@@ -159,8 +173,7 @@ class Learner:
         for row in batches:
             batch = on_device(row, self.device)
             index = torch.nonzero(batch.predictor >= 0).squeeze(1)
-            with torch.no_grad():
-                logprobs, _ = self._engine(batch, index)
+            logprobs, _ = self._forward(batch, index)
             full = torch.zeros(row.num_tokens, dtype=torch.float32, device=self.device)
             full[index] = logprobs.float()
             results.append(full.cpu())
@@ -289,12 +302,21 @@ class Learner:
             old.append([*self.logprobs(rows)])
         return old
 
+    def _forward(
+        self, batch: PackedBatch, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [M] of the row's tokens ``index``, without gradient."""
+        with torch.no_grad():
+            logprobs, entropy = self._engine(batch, index)
+        return logprobs, entropy
+
     def _loss_of(
         self,
         row: PackedBatch,
         sums: MetricSums,
         old: torch.Tensor | None,
         ref: torch.Tensor | None,
+        facts: UpdateFacts,
         *,
         first_update: bool,
     ) -> torch.Tensor:
@@ -304,25 +326,28 @@ class Learner:
             old: with ``old_logprobs=recomputed``, the row's from before the first step [T]; None
                 in the first update.
             ref: with ``reference=actor``, the reference's [T].
+            facts: of the row's whole update.
         """
         settings = self.settings.policy_loss
-        batch = on_device(row, self.device)
-        index = torch.nonzero(batch.weight > 0).squeeze(1)
+        whole = on_device(row, self.device)
+        batch, index = trained_index(whole, self.settings.off_policy, facts.policy_version)
         ref_logprobs = self._ref_logprobs(batch, index, ref)
         logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
-        old_logprobs = None  # as sampled
-        if self.settings.old_logprobs == "recomputed":
-            old_logprobs = logprobs.detach() if old is None else old.to(self.device)[index]
+        old_logprobs = ratio_logprobs(self.settings, logprobs, old, index)
+        batch = replace(batch, denominator=row.denominator * facts.scale)
         tokens = trained_tokens(batch, index, logprobs, entropy, ref_logprobs, old_logprobs)
-        result = objective(tokens, self._loss, settings)
+        view = policy_view(tokens, self.settings, facts.entropy)
+        seen = view.with_denominator(row.denominator * facts.policy_scale)
+        result = objective(tokens, self._loss, settings, seen)
         for name, share in result.sums.items():
             sums.add_rank_sum(name, share)
         sums.add_weighted(result.token_metrics, tokens.weight)
-        sums.add_sequences(result.sequence_metrics)
-        if first_update:
-            sampled = batch.behaviour_logprobs[index]
-            difference = (logprobs.detach().exp() - sampled.exp()).abs()
-            sums.add_difference("training/rollout_probs_diff", difference)
+        sums.add_sequences({**result.sequence_metrics, **view.sequence_metrics})
+        add_masked(sums, whole, view, self.settings)
+        if loss_traits(settings.name).uses_advantages:
+            add_ages(sums, whole.policy_version[whole.weight > 0], facts.policy_version)
+            if first_update:
+                add_mismatch(sums, tokens, view.correction)
         return result.loss
 
     def _ref_logprobs(

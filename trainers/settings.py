@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trainers.lora_settings import LoraSettings
+from trainers.mpt_settings import MPTSettings
+from trainers.off_policy_settings import OffPolicySettings
+from trainers.setting_checks import check as _check
+from trainers.setting_checks import one_of as _one_of
+from trainers.setting_checks import unused
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
 
@@ -220,6 +225,8 @@ class LearnerSettings:
     # "old" log-probs of the ratio: sampled (the engine's) | recomputed (the learner's own before a
     # step's first update; one more forward for each further update)
     old_logprobs: str = "sampled"
+    off_policy: OffPolicySettings = field(default_factory=OffPolicySettings)
+    mpt: MPTSettings = field(default_factory=MPTSettings)
     max_tokens_per_micro_batch: int = 16384  # tokens of one packed row: bounds activation memory
     logprob_chunk_size: int = 4096  # tokens whose logits are alive at once
     fp32_lm_head: bool = False  # compute logits in float32 from bfloat16 weights and hidden states
@@ -234,13 +241,9 @@ class LearnerSettings:
         _one_of("old_logprobs", self.old_logprobs, OLD_LOGPROBS)
         _one_of("reference", self.reference, REFERENCES)
         self._check_reference()
-        if self.old_logprobs == "recomputed" and not self._traits.uses_old_logprobs:
-            users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
-            raise ValueError(
-                f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
-                f"{self.policy_loss.name!r}, which has no ratio: leave it out, or choose "
-                f"{' or '.join(users)}"
-            )
+        self._check_old_logprobs()
+        if not self._traits.uses_advantages:
+            self._refuse_without_advantages()
         _check("zero_stage", self.zero_stage, self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         for name in ("max_tokens_per_micro_batch", "logprob_chunk_size", "init_timeout_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
@@ -271,11 +274,30 @@ class LearnerSettings:
     def _traits(self) -> LossTraits:
         return loss_traits(self.policy_loss.name)
 
+    def _check_old_logprobs(self) -> None:
+        correction, loss = self.off_policy.correction, self.policy_loss.name
+        if correction != "none" and self.old_logprobs == "sampled":
+            raise ValueError(
+                f"trainer.learner.off_policy.correction={correction!r} weights tokens by their "
+                "recomputed over their sampled probability, and with old_logprobs='sampled' these "
+                "are the same (a loss's own ratio is then to the sampler): set "
+                "old_logprobs='recomputed', or leave the correction out"
+            )
+        if self.old_logprobs == "recomputed" and correction == "none":
+            if not self._traits.uses_old_logprobs:
+                users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
+                raise ValueError(
+                    f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
+                    f"{loss!r}, which has no ratio: leave it out, choose {' or '.join(users)}, or "
+                    "weight tokens with off_policy.correction, such as 'tis'"
+                )
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(name, value, value in allowed, f"one of {', '.join(allowed)}")
-
-
-def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"trainer.learner.{name}={value!r}: must be {allowed}")
+    def _refuse_without_advantages(self) -> None:
+        where = f"policy_loss.name={self.policy_loss.name!r}, which is supervised"
+        for name, value, default in (
+            ("off_policy.correction", self.off_policy.correction, "none"),
+            ("off_policy.mask_older_than", self.off_policy.mask_older_than, None),
+            ("mpt.gate", self.mpt.gate, "never"),
+        ):
+            if value != default:
+                raise unused(name, value, where, "leave it out, or choose ppo_clip, say")
