@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from trainers.setting_checks import check, one_of, unused
+from trainers.checks_of_settings import check, one_of, unused
 from treepo.base.typed import check_types
 
 GATES = ("never", "response", "batch", "always")

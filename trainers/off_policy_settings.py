@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from trainers.setting_checks import check, one_of, unused
+from trainers.checks_of_settings import check, one_of, unused
 from treepo.base.typed import check_types
 
 CORRECTIONS = ("none", "decoupled", "tis", "icepop")

@@ -1,5 +1,5 @@
-"""What the policy loss sees of a row: its trained tokens, corrected for the sampler and without those
-that are masked; and what it is divided by.
+"""What the policy loss sees of a row: trained tokens, corrected for the sampler and without those
+that are masked. And what it is divided by.
 
 The tokens' own records are left alone, since KL penalty and entropy bonus are of all of them.
 """

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from trainers.lora_settings import LoraSettings
 from trainers.mpt_settings import MPTSettings
 from trainers.off_policy_settings import OffPolicySettings
-from trainers.setting_checks import check as _check
-from trainers.setting_checks import one_of as _one_of
-from trainers.setting_checks import unused
+from trainers.checks_of_settings import check as _check
+from trainers.checks_of_settings import one_of as _one_of
+from trainers.checks_of_settings import unused
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
 

@@ -52,8 +52,9 @@ class LearnerWorker:
         self,
         mini_batches: Sequence[Sequence[PackedBatch]],
         ref_logprobs: Sequence[Sequence[Any]] | None = None,
+        policy_version: int = 0,
     ) -> dict[str, float]:
-        return self.learner.update(mini_batches, ref_logprobs)
+        return self.learner.update(mini_batches, ref_logprobs, policy_version)
 
     def initial_digest(self) -> str:
         return self.learner.initial_digest

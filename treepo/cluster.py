@@ -245,11 +245,14 @@ class Cluster:
             ledger = ledger + cost
         return [found[i] for i in range(len(work))], ledger
 
-    def update(self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]]) -> dict[str, float]:
+    def update(
+        self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]], policy_version: int
+    ) -> dict[str, float]:
         """One optimiser step a mini-batch.
 
         Args:
             mini_batches: indexed [rank][mini-batch][micro-batch].
+            policy_version: of the learner's weights now.
         """
         rows: list[Any] = list(mini_batches)
         logprobs: list[Any] = [None] * len(rows)
@@ -257,7 +260,7 @@ class Cluster:
             rows = [ray.put(batches) for batches in rows]  # sent to two processes
             logprobs = self._reference_logprobs(rows)
         refs = [
-            learner.update.remote(batches, of_reference)
+            learner.update.remote(batches, of_reference, policy_version)
             for learner, batches, of_reference in zip(self.learners, rows, logprobs, strict=True)
         ]
         return self._get("learner rank", refs, self.config.call_timeout_seconds)[0]

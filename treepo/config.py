@@ -186,6 +186,7 @@ class TrainConfig:
         self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
+        check_masks(self.algorithm, self.trainer.learner)
         check_forks(self.algorithm, name, strategy)
         check_segments(self, strategy)
         updates = updates_per_step(self) * self.trainer.total_steps
@@ -262,6 +263,31 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
             f"choose a loss of tokens such as 'ppo_clip', or one of the estimators "
             f"{', '.join(leaf_level_estimators())}"
         )
+
+
+def check_masks(algorithm: AdvantageSettings, learner: LearnerSettings) -> None:
+    """Masks of tokens fit the advantages and what the loss is divided by.
+
+    Raises:
+        ValueError: MPT masking with advantages of segments; masked tokens are to leave a
+            denominator that counts no tokens.
+    """
+    gate, estimator = learner.mpt.gate, algorithm.adv_estimator
+    if gate != "never" and estimator_traits(estimator).is_node_level:
+        raise ValueError(
+            f"trainer.learner.mpt.gate={gate!r} masks a response's share of a token, but "
+            f"algorithm.adv_estimator={estimator!r} gives all responses of a segment one advantage "
+            "together: set trainer.learner.mpt.gate='never', or choose one of the estimators "
+            f"{', '.join(leaf_level_estimators())}"
+        )
+    for name, masks in (("off_policy", learner.off_policy), ("mpt", learner.mpt)):
+        if algorithm.loss_weighting == "fixed_length" and not masks.masked_in_denominator:
+            raise ValueError(
+                f"trainer.learner.{name}.masked_in_denominator=False takes masked tokens out of "
+                "the number of tokens that the loss is divided by, and "
+                "algorithm.loss_weighting='fixed_length' divides by a constant: leave it out, or "
+                "set algorithm.loss_weighting='token_mean'"
+            )
 
 
 def check_uses_advantages(policy_loss: str) -> None:

@@ -18,6 +18,7 @@ from rewards.records import RewardResult
 from rollout.tree import Tree
 from trainers.batch import TokenTree
 from treepo.advantages import estimate
+from treepo.alarms import check_alarms
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
@@ -168,7 +169,9 @@ class Session:
         with self.clock("update_actor"):
             key = root_key(self.config.seed, "mini-batches", step)
             length = self.strategy[1].max_response_length
-            metrics = self.cluster.update(mini_batches(trees, self.config, length, key))
+            updates = mini_batches(trees, self.config, length, key)
+            metrics = self.cluster.update(updates, self.state.policy_version)
+        check_alarms(metrics, trainer.learner.off_policy.alarms, step)
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)
         self.progress.stage("publishing weights")
         trained = sum(tree.num_tokens for tree in trees)

@@ -1,5 +1,5 @@
-"""Off-policy corrections, old-token masks and MPT masks on packed trees, against each leaf by itself
-with the objective as the papers write it: token by token, in float64.
+"""Off-policy corrections, old-token masks and MPT masks on packed trees, against each leaf by
+itself with the objective as the papers write it: token by token, in float64.
 
 Log-probs and entropies are parameters read from tables by path, so that a gradient is one number a
 path; that models give trees and sequences the same log-probs is tested beside the losses.

@@ -54,7 +54,7 @@ def learn(*overrides, rewards, others=()):
     config = compose("train", TrainConfig, [*SMALL, "trainer.save_trees_freq=0", *overrides])
     said, updates = [], []
     stages = SimpleNamespace(say=said.append, stage=lambda name: None)
-    cluster = SimpleNamespace(update=lambda batches: updates.append(batches) or {})
+    cluster = SimpleNamespace(update=lambda batches, version: updates.append(batches) or {})
     nothing = dict.fromkeys(Session.__dataclass_fields__)
     opened = dict(
         config=config,
