@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from trainers.lora_settings import LoraSettings
-from trainers.mpt_settings import MPTSettings
-from trainers.off_policy_settings import OffPolicySettings
 from trainers.checks_of_settings import check as _check
 from trainers.checks_of_settings import one_of as _one_of
 from trainers.checks_of_settings import unused
+from trainers.lora_settings import LoraSettings
+from trainers.mpt_settings import MPTSettings
+from trainers.off_policy_settings import OffPolicySettings
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
 

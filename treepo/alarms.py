@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainers.off_policy_settings import AlarmSettings
-from treepo.base.errors import RunFailed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +51,9 @@ _ALARMS = {
 }
 
 
-def check_alarms(metrics: Mapping[str, float], alarms: AlarmSettings, step: int) -> None:
-    """Look at a step's metrics before its weights are published.
-
-    Raises:
-        RunFailed: a value is beyond its threshold, or no number; names both and what to do.
+def alarm_of(metrics: Mapping[str, float], alarms: AlarmSettings, step: int) -> str:
+    """Why the run has to stop before the step's weights are published: a value that is beyond its
+    threshold or no number, both, and what to do. Empty if it need not.
     """
     for name, alarm in _ALARMS.items():
         threshold, value = getattr(alarms, name), metrics.get(alarm.metric)
@@ -65,10 +62,11 @@ def check_alarms(metrics: Mapping[str, float], alarms: AlarmSettings, step: int)
         within = value >= threshold if alarm.is_floor else value <= threshold
         if not within:
             side = "below" if alarm.is_floor else "above"
-            raise RunFailed(
+            return (
                 f"step {step}: {alarm.metric}={value:.4g} is {side} "
                 f"trainer.learner.off_policy.alarms.{name}={threshold:g}: {alarm.meaning}. The "
                 "update is not published, and the last checkpoint stands. To mend it: "
                 f"{alarm.mend}. To go on as it is: resume the run with another threshold (0: no "
                 "alarm)"
             )
+    return ""

@@ -18,7 +18,8 @@ from rewards.records import RewardResult
 from rollout.tree import Tree
 from trainers.batch import TokenTree
 from treepo.advantages import estimate
-from treepo.alarms import check_alarms
+from treepo.alarms import alarm_of
+from treepo.base.errors import RunFailed
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
@@ -171,7 +172,9 @@ class Session:
             length = self.strategy[1].max_response_length
             updates = mini_batches(trees, self.config, length, key)
             metrics = self.cluster.update(updates, self.state.policy_version)
-        check_alarms(metrics, trainer.learner.off_policy.alarms, step)
+        if alarm := alarm_of(metrics, trainer.learner.off_policy.alarms, step):
+            self.tracker.log(step, metrics)  # the row that shows it
+            raise RunFailed(alarm)
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)
         self.progress.stage("publishing weights")
         trained = sum(tree.num_tokens for tree in trees)

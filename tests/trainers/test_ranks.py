@@ -43,7 +43,11 @@ def check_ranks(world_size, model_path, cases, folder, policy_loss, lora=None):
     """Every rank of every case against one rank with one row, ZeRO 0."""
     reference = Learner(model_path, rank_program.learner_settings(policy_loss, lora=lora))
     start = {name: tensor.clone() for name, tensor in reference.state_tensors().items()}
-    metrics = reference.update(rank_program.dealt_rows(0, 1, 1))
+    rows = rank_program.dealt_rows(0, 1, 1)
+    metrics = reference.update(rows, policy_version=rank_program.NEWEST)
+    if policy_loss is rank_program.SEQUENCE_LOSS:
+        for mask in ("old", "correction", "mpt"):
+            assert 0.005 < metrics[f"actor/{mask}_masked_frac"] < 0.9, mask
     expected = reference.state_tensors()
     assert max((expected[n] - start[n]).abs().max() for n in expected) > 0.01
     run_ranks(world_size, model_path, cases, folder, policy_loss, lora)
