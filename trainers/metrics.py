@@ -51,11 +51,12 @@ class MetricSums:
         """A rank's share of a value of the whole update; reported as the mean over updates."""
         self._add(name, value.double())
 
-    def add_difference(self, name: str, values: torch.Tensor) -> None:
+    def add_difference(self, name: str, values: torch.Tensor, separator: str = "_") -> None:
         """Values a token [M], reported as ``name_mean`` and ``name_max`` over tokens."""
-        self._add_means({f"{name}_mean": values}, torch.ones_like(values), f"_{name}_tokens")
+        means = {f"{name}{separator}mean": values}
+        self._add_means(means, torch.ones_like(values), f"_{name}_tokens")
         largest = values.max().double() if len(values) else torch.zeros((), dtype=torch.float64)
-        name = f"{name}_max"
+        name = f"{name}{separator}max"
         self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
     def add_masked_share(self, name: str, weight: torch.Tensor, left: torch.Tensor) -> None:

@@ -9,7 +9,9 @@ With d = log pi_train - log pi_rollout of a sampled token (rho = exp d), the met
   loss is (a shared token counts once a response). Verl has both under ``rollout_corr/``
 - ``is_mean``, ``is_eff_sample_size``: of the correction's weights; of rho itself without one, which
   is what a full correction would cost
-- ``age_{mean,max}``: versions between the weights in force and those that drew the token
+
+``training/staleness/{mean,max}``: versions between the weights in force and those that drew a
+token, each token once.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def add_mismatch(sums: MetricSums, tokens: TrainedTokens, correction: Correction
 
 def add_ages(sums: MetricSums, versions: torch.Tensor, policy_version: int) -> None:
     """Add the policy versions [K] of a row's tokens, those masked for their age included."""
-    sums.add_difference(f"{NAME}_age", (policy_version - versions).double())
+    sums.add_difference("training/staleness", (policy_version - versions).double(), "/")
 
 
 def _add_by_depth(sums: MetricSums, tokens: TrainedTokens, values: torch.Tensor) -> None:

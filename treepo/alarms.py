@@ -19,7 +19,7 @@ class _Alarm:
 
 
 _SAMPLER = (
-    "compare engine.dtype with trainer.learner.dtype, look at training/rollout_age_mean (old "
+    "compare engine.dtype with trainer.learner.dtype, look at training/staleness/mean (old "
     "tokens: lower the staleness, or set trainer.learner.off_policy.mask_older_than)"
 )
 _ALARMS = {

@@ -107,7 +107,7 @@ def test_a_sampler_that_agrees_shows_nothing(model_path):
     assert metrics["training/rollout_logprob_diff_max"] < 1e-5
     assert abs(metrics["training/rollout_kl"]) < 1e-6
     assert metrics["training/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-6)
-    assert metrics["training/rollout_age_mean"] == 0
+    assert metrics["training/staleness/mean"] == 0
 
 
 def test_supervised_tokens_were_drawn_by_nobody_so_there_is_no_mismatch(model_path):

@@ -231,9 +231,9 @@ def test_old_tokens_have_no_part_in_any_term(model_path, name):
     assert 0.2 < left / whole < 0.8
     assert metrics["actor/old_masked_frac"] == pytest.approx(1 - left / whole, rel=1e-6)
     assert metrics["actor/masked_frac"] == pytest.approx(1 - left / whole, rel=1e-6)
-    assert metrics["training/rollout_age_max"] == 3
+    assert metrics["training/staleness/max"] == 3
     every = torch.cat([9 - row.policy_version[row.weight > 0] for row in rows]).double()
-    assert metrics["training/rollout_age_mean"] == pytest.approx(float(every.mean()))
+    assert metrics["training/staleness/mean"] == pytest.approx(float(every.mean()))
 
 
 def test_which_tokens_are_old_is_counted_from_the_version_in_force():

@@ -11,6 +11,8 @@ import pytest
 
 from rollout.strategies import rule_settings as rules
 from rollout.strategies.settings import FINISH_POLICIES, NO_FALLBACK, TreePOSettings
+from trainers.mpt_settings import GATES, MPTSettings
+from trainers.off_policy_settings import CORRECTIONS, AlarmSettings, OffPolicySettings
 from trainers.settings import KL_LOSS_TYPES, POLICY_LOSSES, PolicyLossSettings
 from treepo import segment_settings as segments
 from treepo.algorithm_settings import (
@@ -47,6 +49,8 @@ IN_ROWS = {
     "overlong rules": OVERLONG_RULES,
 }
 IN_TEXT = {
+    "corrections": [f"correction={name}" for name in CORRECTIONS],
+    "gates of MPT masks": GATES,
     "refill rules": segments.REFILLS,
     "group policies": segments.GROUP_POLICIES,
     "batches": segments.TRAIN_ON,
@@ -57,6 +61,9 @@ IN_TEXT = {
 KEYS = [
     *(field.name for field in fields(AdvantageSettings)),
     *(field.name for field in fields(PolicyLossSettings)),
+    *(field.name for field in fields(OffPolicySettings)),
+    *(field.name for field in fields(AlarmSettings)),
+    *(field.name for field in fields(MPTSettings)),
     *(field.name for field in fields(segments.SegmentSettings)),
     # those of TreePO itself; how single tokens are drawn is no part of the page
     *(f.name for f in fields(TreePOSettings) if f.name in TreePOSettings.__annotations__),

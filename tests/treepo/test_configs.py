@@ -135,6 +135,9 @@ def test_ulorl_s_recipe_is_the_paper_s():
     optimizer = trainer.learner.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.lr_schedule) == ("adamw", 1e-6, "constant")
     assert trainer.learner.old_logprobs == "recomputed"
+    mpt = trainer.learner.mpt
+    assert (mpt.gate, mpt.min_prob, mpt.max_entropy) == ("response", 0.99, 0.2)
+    assert mpt.masked_in_denominator and trainer.learner.off_policy.correction == "none"
     evaluation = config.evaluation
     assert (evaluation.num_samples, evaluation.temperature, evaluation.top_p) == (32, 0.85, 0.95)
 
