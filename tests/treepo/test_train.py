@@ -93,6 +93,10 @@ def test_engine_and_learner_agree_on_every_log_probability(finished):
         assert row.get("training/rollout_probs_diff_max", 0.0) < 1e-4
         assert row.get("training/rollout_probs_diff_mean", 0.0) <= 1e-5
         assert row.get("sync/golden_logprob_diff_max", 0.0) < 1e-4
+        assert row.get("training/rollout_logprob_diff_p99", 0.0) < 1e-4
+        assert abs(row.get("training/rollout_kl", 0.0)) < 1e-5
+        assert row.get("training/rollout_is_eff_sample_size", 1.0) > 1 - 1e-6
+        assert row.get("training/staleness/max", 0.0) == 0
 
 
 def test_the_resolved_config_is_read_back_as_the_same_config(finished):
