@@ -32,7 +32,9 @@ from rollout.decoder import Decoder
 from rollout.drafts import Draft, DraftTree, commit_draft, forward_draft
 from rollout.extend import ExtendSpec
 from rollout.forward import TreeForward
+from rollout.fused_layers import forget_merged
 from rollout.kv_pool import KVPool
+from rollout.linear import forget_packed
 from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
 from rollout.requests import Completion
@@ -44,9 +46,11 @@ from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
 from rollout.token_text import TokenText
 from rollout.weights import Part, Tensors, WeightLoad, stored_state
+from treepo.base.aside import Aside
 from treepo.base.digest import WeightManifest, tensor_digests
 
 _SCORE_CHUNK = 256  # query rows of one scoring forward
+SLEEPING_WEIGHTS = ("keep", "host", "drop")
 IN_FLIGHT = ("refuse", "recompute", "keep")
 
 
@@ -93,7 +97,8 @@ class Engine:
         self._drafts: set[Draft] = set()
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self._is_asleep = False
-        self._is_torn = False  # half a weight set was copied
+        self._is_torn = False  # half a weight set was copied, or none after they were dropped
+        self._put_aside = Aside()  # weights that gave up their memory
         if load_probe:
             from rollout.probe import probe  # the probe drives an engine
 
@@ -380,6 +385,7 @@ class Engine:
         """
         version = checked_version(version, self.policy_version)
         self._check_in_flight(version, in_flight)
+        self._put_aside.restore()
         load = WeightLoad(self.model, manifest)
         # No work from half a set: while parts come, and after an interruption.
         was_torn, self._is_torn = self._is_torn, True
@@ -391,25 +397,51 @@ class Engine:
         return digests
 
     def digests(self) -> dict[str, int]:
-        """Digest of each stored tensor by name."""
+        """Digest of each stored tensor by name.
+
+        Raises:
+            ValueError: the engine sleeps and its weights have given up their memory.
+        """
+        if self._put_aside.num_bytes:
+            raise ValueError("the engine is asleep without its weights: call wake() first")
         return tensor_digests(stored_state(self.model))
 
-    def sleep(self) -> None:
-        """Give up the pool's memory and all cached keys and values until ``wake``. Handles live on.
+    def sleep(self, weights: str = "keep") -> int:
+        """Give up memory until ``wake``: the pool's with all cached keys and values, captured
+        steps, and with ``weights`` that of the model. Handles live on.
+
+        Args:
+            weights: 'keep': they stay. 'host': they are copied to host memory. 'drop': they are
+                forgotten, and the engine refuses work until a whole set was loaded.
+
+        Returns:
+            bytes that were copied to host memory.
 
         Raises:
             ValueError: requests are unfinished or drafts are open.
         """
+        if weights not in SLEEPING_WEIGHTS:
+            raise ValueError(f"weights={weights!r}: choose one of {', '.join(SLEEPING_WEIGHTS)}")
         if not self.is_idle:
             raise ValueError("the engine has unfinished requests: finish or cancel them first")
         self._check_no_drafts("sleep")
         self.store.retire(self.policy_version)
         self.pool.release_memory()
+        self._forward.release_memory()
         self._is_asleep = True
+        if weights == "keep":
+            return 0
+        forget_packed(self.model)
+        forget_merged(self.model)
+        if weights == "drop":
+            self._is_torn = True
+            self._put_aside.forget()
+        return self._put_aside.put(stored_state(self.model).values(), forget=weights == "drop")
 
-    def wake(self) -> None:
-        """Serve again after ``sleep``."""
+    def wake(self) -> int:
+        """Serve again after ``sleep``; returns the bytes that came back from host memory."""
         self._is_asleep = False
+        return self._put_aside.restore()
 
     def metrics(self) -> CostLedger:
         """Costs since the start or the last ``reset_metrics``."""
@@ -489,8 +521,8 @@ class Engine:
     def _check_whole(self) -> None:
         if self._is_torn:
             raise ValueError(
-                "the engine refuses work: a weight load is under way or stopped half-way; load a "
-                "whole set first"
+                "the engine refuses work: a weight load is under way or stopped half-way, or the "
+                "weights were dropped when it fell asleep; load a whole set first"
             )
 
     def _check_awake(self) -> None:

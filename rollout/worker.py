@@ -142,6 +142,14 @@ class RolloutWorker:
             lambda manifest, parts: self._engine.load_weights(version, manifest, parts),
         )
 
+    def sleep(self, weights: str) -> int:
+        """See ``Engine.sleep``; returns the bytes that were copied."""
+        return self._engine.sleep(weights)
+
+    def wake(self) -> int:
+        """See ``Engine.wake``; returns the bytes that were copied."""
+        return self._engine.wake()
+
     def confirm(self, version: int) -> None:
         """Put the weights loaded as ``version`` in force: their digests were compared.
 

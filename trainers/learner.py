@@ -33,6 +33,7 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
 from trainers.batch import PackedBatch, on_device  # noqa: E402
+from trainers.held_memory import tensors_of_model, tensors_of_optimizer  # noqa: E402
 from trainers.logprobs import LogprobHead  # noqa: E402
 from trainers.losses import POLICY_LOSSES, trained_tokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
@@ -52,6 +53,7 @@ from trainers.reference import load_reference  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
 from trainers.settings import LearnerSettings, OptimizerSettings, loss_traits  # noqa: E402
 from trainers.weight_sync import Publication, prepare  # noqa: E402
+from treepo.base.aside import Aside, storages  # noqa: E402
 from treepo.base.digest import combine_digests, tensor_digests  # noqa: E402
 
 _TAG = "weights_and_optimizer"
@@ -117,6 +119,8 @@ class Learner:
         self._engine = _make_engine(policy, settings)
         self.policy: PolicyModel = self._engine.module
         self.device = torch.device(self._engine.device)
+        self._aside = Aside()
+        self._sleeps, self._has_weights = False, True
         self.reference: PolicyModel | None = None
         if settings.has_reference and settings.reference == "own":
             # The weights that training began with, whole on every rank. A resumed run has the same
@@ -141,6 +145,7 @@ class Learner:
         Returns:
             Metrics over all ranks, the same on each.
         """
+        self._check_awake()
         sums = MetricSums()
         old_logprobs = self._old_logprobs(mini_batches)
         for number, rows in enumerate(mini_batches):
@@ -169,6 +174,7 @@ class Learner:
         """Log-probabilities float32 [T] of every token of each row under its temperature, without
         gradient; 0 where a token has no predictor. On CPU. Equally many rows on every rank.
         """
+        self._check_awake(weights_suffice=True)
         results = []
         for row in batches:
             batch = on_device(row, self.device)
@@ -207,6 +213,7 @@ class Learner:
 
     def save(self, folder: str | Path) -> None:
         """Write weights, optimiser, step count and random states; all ranks into one folder."""
+        self._check_awake()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(
@@ -227,6 +234,7 @@ class Learner:
             ValueError: the folder is no learner checkpoint, or one of other ranks, ZeRO stage,
                 dtype or optimiser.
         """
+        self._check_awake()
         folder = Path(folder)
         if not (folder / _META).is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {_META}: not a learner checkpoint")
@@ -277,6 +285,35 @@ class Learner:
                     if source.is_file() and not (folder / name).exists():
                         shutil.copyfile(source, folder / name)
         dist.barrier()
+
+    def sleep(self, *, keep_weights: bool = False) -> int:
+        """Give up device memory until :meth:`wake`: optimiser, gradients, buffers and the
+        reference are copied to host memory, and so are the weights.
+
+        Args:
+            keep_weights: they stay, so that they can be published and score.
+
+        Returns:
+            bytes that were copied. What is in host memory already is not copied again.
+        """
+        weights = tensors_of_model(self.policy)
+        others = tensors_of_optimizer(self._engine.optimizer)
+        if self.reference is not None:
+            others += tensors_of_model(self.reference)
+        if keep_weights:
+            kept = {storage._cdata for storage in storages(weights)}
+            others = [t for t in others if t.untyped_storage()._cdata not in kept]
+        self._sleeps, self._has_weights = True, self._has_weights and keep_weights
+        return self._aside.put(others if keep_weights else others + weights)
+
+    def wake(self) -> int:
+        """Take back what :meth:`sleep` gave up, to the last bit; returns the bytes copied."""
+        self._sleeps, self._has_weights = False, True
+        return self._aside.restore()
+
+    def _check_awake(self, *, weights_suffice: bool = False) -> None:
+        if self._sleeps and not (weights_suffice and self._has_weights):
+            raise ValueError("the learner is asleep: call wake() first")
 
     def close(self) -> None:
         """Leave the process group. The learner can't be used after it."""
@@ -395,6 +432,7 @@ class Learner:
     @contextlib.contextmanager
     def _whole_state(self) -> Iterator[dict[str, torch.Tensor]]:
         """The model's own state dict with whole tensors."""
+        self._check_awake(weights_suffice=True)
         model = self.policy.model
         parameters = list(model.parameters()) if self._sharded else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):

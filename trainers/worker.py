@@ -107,6 +107,12 @@ class LearnerWorker:
     def digest(self) -> str:
         return self.learner.digest()
 
+    def sleep(self, keep_weights: bool) -> int:
+        return self.learner.sleep(keep_weights=keep_weights)
+
+    def wake(self) -> int:
+        return self.learner.wake()
+
     def save(self, folder: str) -> None:
         self.learner.save(folder)
 
