@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger
-from rollout.strategies.base import STRATEGIES, Prompt
+from rollout.strategies.base import STRATEGIES
 from rollout.tree import Tree
 from treepo.data import Problem
 from treepo.data_order import DataPosition
 from treepo.dynamic_sampling import GenBatch, StepBatch, gather
+from treepo.pools import Unfinished
 from treepo.segmented import SegmentBatch, Servants, segmented_step
 from treepo.step import make_prompts
+from treepo.submission import expected_tokens
 
 if TYPE_CHECKING:
     from treepo.session import Session
@@ -46,14 +48,29 @@ def draw_segments(session: Session, step: int, position: DataPosition) -> Segmen
     """
     name, settings = session.strategy
     strategy = STRATEGIES.get(name)(settings)
-    version = session.state.policy_version
+    version, segments = session.state.policy_version, session.config.trainer.segments
+    finished_part = None
+    if hasattr(strategy, "finished_part"):
+
+        def finished_part(growth: Growth) -> Tree:
+            return strategy.finished_part(growth.state)
 
     def grow(
-        work: Sequence[Prompt | Growth], limits: GrowthLimits
+        growing: Sequence[Unfinished], limits: GrowthLimits
     ) -> tuple[list[Tree | Growth], CostLedger]:
         session.progress.stage("sampling segments")
+        expected = None
+        if segments.submit == "longest_first":
+            expected = expected_tokens(
+                growing,
+                session.pools.lengths,
+                segment_length=limits.segment_length,
+                rollout=settings,
+                finished_part=finished_part,
+            )
+        work = [entry.work for entry in growing]
         with session.clock("gen"):
-            return session.cluster.grow(work, name, settings, version, limits)
+            return session.cluster.grow(work, name, settings, version, limits, expected)
 
     return segmented_step(
         session.pools,
@@ -62,11 +79,11 @@ def draw_segments(session: Session, step: int, position: DataPosition) -> Segmen
         version=version,
         order=session.order,
         config=session.config,
-        group_size=settings.n,
+        rollout=settings,
         servants=Servants(
             prompts=lambda problems: make_prompts(problems, session.config.seed, "train", step),
             grow=grow,
             judge=session.judge,
-            finished_part=lambda growth: strategy.finished_part(growth.state),
+            finished_part=finished_part,
         ),
     )

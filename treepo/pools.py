@@ -20,6 +20,7 @@ import numpy as np
 
 from rewards.records import RewardResult
 from rollout.growth import Growth
+from rollout.length_statistics import LengthStatistics
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
 from treepo.advantages import ScoredTree, has_spread, scored_tree
@@ -98,12 +99,14 @@ class Pools:
         unfinished: oldest first.
         experience: judged groups with a signal that no update took yet, oldest first.
         num_grown, num_finished: trees that the last step grew, and that it finished.
+        lengths: of responses that are over, for predictions.
     """
 
     unfinished: tuple[Unfinished, ...] = ()
     experience: tuple[Group, ...] = ()
     num_grown: int = 0
     num_finished: int = 0
+    lengths: LengthStatistics = LengthStatistics(capacity=16384)
 
     @property
     def problems(self) -> list[Problem]:

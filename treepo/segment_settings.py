@@ -12,6 +12,7 @@ REFILLS = ("constant", "keep_in_flight", "to_target")
 GROUP_POLICIES = ("wait_all", "finished_part")
 TRAIN_ON = ("all", "full_batch")
 ON_STALE = ("finish", "drop")
+SUBMIT = ("in_order", "longest_first")
 
 
 @dataclass
@@ -21,6 +22,9 @@ class SegmentSettings:
     # tokens that a path grows by in one step, under one set of weights; then it is put aside and
     # goes on in the next. 0: whole responses at once. UloRL: 16,384 of 131,072, so 8 segments
     segment_length: int = 0
+    # which trees a step serves first: 'in_order', the oldest; or 'longest_first', by what the run
+    # has seen of lengths, so that few are left at the end of a step
+    submit: str = "in_order"
     # how many new prompts a step begins. 'constant': trainer.train_batch_size; 'keep_in_flight': as
     # many as prompts_in_flight lacks; 'to_target': as many as are likely to bring
     # trainer.train_batch_size finished groups, by the share that finished in the step before, at
@@ -44,6 +48,7 @@ class SegmentSettings:
         for name in ("segment_length", "prompts_in_flight", "min_finished", "max_staleness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.segments.{name}={getattr(self, name)}: it must be >= 0")
+        self._choice("submit", SUBMIT)
         self._choice("refill", REFILLS)
         self._choice("group_policy", GROUP_POLICIES)
         self._choice("train_on", TRAIN_ON)

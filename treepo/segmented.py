@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rewards.records import RewardResult
 from rollout.growth import Growth, GrowthLimits
+from rollout.length_statistics import Observation
 from rollout.metrics import CostLedger
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
@@ -39,6 +41,7 @@ from treepo.pools import (
 )
 from treepo.segment_settings import SegmentSettings
 from treepo.step_metrics import age_metrics
+from treepo.submission import of_growth, of_tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +52,14 @@ class Servants:
         prompts: prompts of new problems, with the keys of their draws.
         grow: trees as far as the limits allow, in the order of the work, and the cost.
         judge: verdicts on the leaves of trees.
-        finished_part: the responses that an unfinished tree has finished, as a tree.
+        finished_part: the responses that an unfinished tree has finished, as a tree; None: the
+            strategy cannot tell.
     """
 
     prompts: Callable[[Sequence[Problem]], Sequence[Prompt]]
-    grow: Callable[
-        [Sequence[Prompt | Growth], GrowthLimits], tuple[Sequence[Tree | Growth], CostLedger]
-    ]
+    grow: Callable[[Sequence[Unfinished], GrowthLimits], tuple[Sequence[Tree | Growth], CostLedger]]
     judge: Callable[[Sequence[Problem], Sequence[Tree]], Sequence[Sequence[RewardResult]]]
-    finished_part: Callable[[Growth], Tree]
+    finished_part: Callable[[Growth], Tree] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -116,7 +118,7 @@ def segmented_step(
     version: int,
     order: ProblemOrder,
     config: TrainConfig,
-    group_size: int,
+    rollout: Any,
     servants: Servants,
 ) -> SegmentBatch:
     """Grow by one segment and take the update's batch (see the module).
@@ -124,7 +126,7 @@ def segmented_step(
     Args:
         step: its number, from 1.
         version: of the policy in force.
-        group_size: responses a prompt (``rollout.n``).
+        rollout: the settings of the rollout strategy.
     """
     segments, algorithm = config.trainer.segments, config.algorithm
     size = config.trainer.train_batch_size
@@ -146,7 +148,7 @@ def segmented_step(
         finished_group(entry, tree, of_leaves, is_whole=isinstance(result, Tree))
         for entry, result, tree, of_leaves in zip(growing, grown, trees, verdicts, strict=True)
     ]
-    floor = segments.min_finished or -(-group_size // 2)
+    floor = segments.min_finished or -(-rollout.n // 2)
     handed = [g if g and hands_on(g, floor, algorithm) else None for g in groups]
     filtered = [
         g for g, taken in zip(groups, handed, strict=True) if g and g.is_whole and not taken
@@ -172,6 +174,7 @@ def segmented_step(
             experience=tuple(waiting),
             num_grown=len(grown),
             num_finished=sum(isinstance(result, Tree) for result in grown),
+            lengths=pools.lengths.add(_lengths(grown, dropped, rollout.max_response_length)),
         ),
         after=position,
         num_new=len(begun),
@@ -191,8 +194,8 @@ def _grow(
         indices = [i for i, entry_is_due in enumerate(due) if entry_is_due == is_due]
         if not indices:
             continue
-        work = [growing[i].work for i in indices]
-        grown, cost = servants.grow(work, GrowthLimits(segment_length=length))
+        entries = [growing[i] for i in indices]
+        grown, cost = servants.grow(entries, GrowthLimits(segment_length=length))
         ledger = ledger + cost
         for index, result in zip(indices, grown, strict=True):
             results[index] = result
@@ -204,7 +207,21 @@ def _finished(result: Tree | Growth, settings: SegmentSettings, servants: Servan
     """The tree of what may train: a whole one, or under 'finished_part' what is finished of it."""
     if isinstance(result, Tree):
         return result
-    return servants.finished_part(result) if settings.group_policy == "finished_part" else None
+    if settings.group_policy != "finished_part":
+        return None
+    assert servants.finished_part is not None, "the strategy was checked before the run"
+    return servants.finished_part(result)
+
+
+def _lengths(
+    grown: Sequence[Tree | Growth], dropped: Sequence[Unfinished | Group], cap: int
+) -> list[Observation]:
+    """Of the trees that are over: finished in this step, or given up."""
+    found = [o for tree in grown if isinstance(tree, Tree) for o in of_tree(tree, cap)]
+    given_up = [entry.work for entry in dropped if isinstance(entry, Unfinished)]
+    return found + [
+        o for work in given_up if isinstance(work, Growth) for o in of_growth(work, cap)
+    ]
 
 
 def _judge(
@@ -223,8 +240,8 @@ def _judge(
             fresh += [(index, replace(tree, leaves=new).pruned())] if new else []
     problems, judged = [growing[i].problem for i, _ in fresh], [tree for _, tree in fresh]
     verdicts = servants.judge(problems, judged) if fresh else []
-    for (index, tree), of_tree in zip(fresh, verdicts, strict=True):
-        found[index] |= zip(leaf_keys(tree), of_tree, strict=True)
+    for (index, tree), of_leaves in zip(fresh, verdicts, strict=True):
+        found[index] |= zip(leaf_keys(tree), of_leaves, strict=True)
     sampled = GenBatch(
         problems=problems, trees=judged, verdicts=[list(v) for v in verdicts], ledger=ledger
     )

@@ -51,6 +51,7 @@ IN_ROWS = {
 IN_TEXT = {
     "corrections": [f"correction={name}" for name in CORRECTIONS],
     "gates of MPT masks": GATES,
+    "orders of submission": segments.SUBMIT,
     "refill rules": segments.REFILLS,
     "group policies": segments.GROUP_POLICIES,
     "batches": segments.TRAIN_ON,

@@ -18,6 +18,7 @@ from some_problems import problems
 from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger
 from rollout.strategies.base import Prompt
+from rollout.strategies.settings import FlatSettings
 from rollout.tree import Tree
 from treepo.advantages import estimate
 from treepo.algorithm_settings import AdvantageSettings
@@ -52,6 +53,7 @@ class FakeState:
     lengths: tuple[int, ...]
     rewards: tuple[float, ...]
     versions: tuple[int, ...] = ()  # of the segments so far
+    segments: tuple = ()
 
 
 class World:
@@ -87,7 +89,7 @@ class World:
             version=self.version,
             order=ProblemOrder(problems(self.num_problems), 0),
             config=self.config,
-            group_size=N,
+            rollout=FlatSettings(n=N),
             servants=Servants(
                 prompts=self._prompts,
                 grow=self._grow,
@@ -105,7 +107,8 @@ class World:
             Prompt(problem_id=p.id, token_ids=p.prompt_token_ids, root_key=self.step) for p in of
         ]
 
-    def _grow(self, work, limits: GrowthLimits):
+    def _grow(self, growing, limits: GrowthLimits):
+        work = [entry.work for entry in growing]
         self.grown.append(([entry.problem_id for entry in work], limits.segment_length))
         return [self._grown(entry, limits) for entry in work], CostLedger()
 

@@ -15,6 +15,10 @@ from treepo.sizes import derived_sizes
     [
         ({"segment_length": -1}, "segment_length=-1: it must be >= 0"),
         ({"segment_length": 1.5}, "segment_length=1.5: it must be an integer"),
+        (
+            {"submit": "longest"},
+            "submit='longest' is unknown.*in_order, longest_first",
+        ),
         ({"refill": "all"}, "refill='all' is unknown; choose one of constant, keep_in_flight"),
         ({"train_on": "full"}, "train_on='full' is unknown.*full_batch"),
         ({"group_policy": "wait"}, "group_policy='wait' is unknown.*finished_part"),
