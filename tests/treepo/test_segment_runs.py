@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_runs import num_rows, run, start, wait_for
+from training_runs import documented_metrics, num_rows, run, start, wait_for
 
 from treepo.pools import POOLS_FILE, load_pools
 from treepo.tracking import read_rows
@@ -67,6 +67,8 @@ def test_responses_continue_over_updates_and_each_prompt_is_used_once(tmp_path, 
     words = settings(tmp_path, *choices, "trainer.total_steps=10")
     folder = finish(tmp_path, words)
     rows = read_rows(folder / "metrics.jsonl")[1:]
+    logged = {name for row in rows for name in row if not name.startswith(("val-", "reward/part/"))}
+    assert not logged - documented_metrics()
     began = ended = 0
     ids: Counter[str] = Counter()
     crossing = 0

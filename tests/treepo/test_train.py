@@ -1,7 +1,6 @@
 """One small training run from the command line, and what it must leave behind."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import run
+from training_runs import documented_metrics, run
 
 from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.cli import compose, from_yaml
@@ -63,17 +62,6 @@ def test_the_command_that_it_ends_with_evaluates_the_same_problems(finished):
     config = compose("evaluate", EvaluateConfig, words[5:])
     ran = from_yaml(folder / "config.yaml", TrainConfig)
     assert config.evaluation == ran.evaluation and config.reward == ran.reward
-
-
-def documented_metrics() -> set[str]:
-    """The names in docs/metrics.md, their braces spelt out."""
-    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    names = set()
-    for name in re.findall(r"`([^`]+)`", text):
-        before, _, rest = name.partition("{")
-        choices, _, after = rest.partition("}")
-        names |= {before + choice + after for choice in choices.split(",")}
-    return names
 
 
 def test_every_step_has_a_row_with_documented_metrics_only(finished):
