@@ -40,7 +40,7 @@ from treepo.pools import (
     untouched,
 )
 from treepo.segment_settings import SegmentSettings
-from treepo.step_metrics import age_metrics
+from treepo.step_metrics import version_metrics
 from treepo.submission import of_growth, of_tree
 
 
@@ -75,7 +75,7 @@ class SegmentBatch:
         after: the position in the data after it.
         num_new: prompts begun.
         num_dropped: prompts given up as too old.
-        ages: metrics of how old the batch's tokens are.
+        spans: metrics of how many steps and policies the batch's groups took.
     """
 
     sampled: GenBatch
@@ -86,7 +86,7 @@ class SegmentBatch:
     after: DataPosition
     num_new: int
     num_dropped: int
-    ages: dict[str, float]
+    spans: dict[str, float]
 
     @property
     def why_nothing_is_kept(self) -> str:
@@ -107,7 +107,7 @@ class SegmentBatch:
             "rollout/num_waiting": len(self.pools.experience),
             "rollout/num_dropped_stale": self.num_dropped,
         }
-        return {name: float(count) for name, count in counts.items()} | self.ages
+        return {name: float(count) for name, count in counts.items()} | self.spans
 
 
 def segmented_step(
@@ -179,7 +179,7 @@ def segmented_step(
         after=position,
         num_new=len(begun),
         num_dropped=len({entry.problem.id for entry in dropped}),
-        ages=age_metrics(kept, version) | _num_segments(batch),
+        spans=version_metrics(kept) | _num_segments(batch),
     )
 
 

@@ -86,26 +86,21 @@ def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, floa
     return metrics
 
 
-def age_metrics(groups: Sequence[ScoredTree], version: int) -> dict[str, float]:
-    """How old the tokens are that an update trains on, in updates (``version`` less that of the
-    weights that drew them), a shared token once; and how many versions a response's tokens are of.
+def version_metrics(groups: Sequence[ScoredTree]) -> dict[str, float]:
+    """How many policy versions the tokens of a response are of, over the responses that an update
+    trains on. (How old the tokens are is measured in the learner.)
     """
-    ages, versions = [np.zeros(0, np.int64)], []
+    counts = []
     for group in groups:
         tree = group.tree
         trains = group.valid if group.in_loss is None else group.valid & group.in_loss
-        paths = [tree.path(leaf) for leaf in np.array(tree.leaves)[trains]]
-        used = {index for path in paths for index in path if tree.segments[index].sampled}
-        ages += [version - tree.segments[index].policy_versions for index in sorted(used)]
-        for path in paths:
-            of_path = [tree.segments[i].policy_versions for i in path if i in used]
-            versions.append(len(np.unique(np.concatenate([np.zeros(0, int), *of_path]))))
-    every = np.concatenate(ages)
-    if not len(every):
+        for leaf in np.array(tree.leaves)[trains]:
+            path = [tree.segments[index] for index in tree.path(leaf)]
+            of_path = [segment.policy_versions for segment in path if segment.sampled]
+            counts.append(len(np.unique(np.concatenate(of_path))))
+    if not counts:
         return {}
     return {
-        "training/staleness/mean": float(every.mean()),
-        "training/staleness/max": float(every.max()),
-        "training/versions_per_response/mean": float(np.mean(versions)),
-        "training/versions_per_response/max": float(max(versions)),
+        "training/versions_per_response/mean": float(np.mean(counts)),
+        "training/versions_per_response/max": float(max(counts)),
     }

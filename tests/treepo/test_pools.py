@@ -271,20 +271,17 @@ def test_under_wait_all_a_group_trains_in_the_step_in_which_its_longest_response
         found.update((step, name_of(scored)) for scored in batch.kept)
         assert all(trained_leaves(scored) == [0, 1, 2, 3] for scored in batch.kept)
         assert all(not names or length == 1 for names, length in world.grown)
-        by_hand = {
-            f"{scored.tree.problem_id} {oldest(scored)}": scored.tree.segments[1:]
+        of_responses = [
+            len(set(segment.policy_versions.tolist()))
             for scored in batch.kept
-        }
-        ages = [
-            world.version - bool(batch.kept) - version
-            for segments in by_hand.values()
-            for segment in segments
-            for version in segment.policy_versions
+            for segment in scored.tree.segments[1:]
         ]
-        if ages:
+        if of_responses:
             metrics = batch.metrics()
-            assert metrics["training/staleness/max"] == max(ages) <= num_segments - 1
-            assert metrics["training/staleness/mean"] == pytest.approx(np.mean(ages))
+            assert metrics["training/versions_per_response/mean"] == np.mean(of_responses)
+            assert metrics["training/versions_per_response/max"] == max(of_responses)
+            longest = max(step + 1 - g.tree.segments[0].path_key for g in batch.kept)
+            assert metrics["training/segments_per_group/max"] == longest <= num_segments
     assert found == Counter({k: v for k, v in expected.items() if k[0] <= 8})
 
 
@@ -345,7 +342,8 @@ def test_a_prompt_at_the_cap_is_grown_to_its_end_at_once():
     batch = world.run_step()
     assert world.grown[0] == ([name], 0), "without a limit"
     assert name in [g.tree.problem_id for g in batch.kept]
-    assert batch.metrics()["training/staleness/max"] == 2
+    (scored,) = [g for g in batch.kept if g.tree.problem_id == name]
+    assert oldest(scored) == 0 and trained_leaves(scored) == [0, 1, 2, 3]
 
 
 def test_a_prompt_beyond_the_cap_is_dropped_and_begun_anew():
