@@ -17,7 +17,7 @@ from rewards.pool import RewardPool
 from rewards.records import RewardResult
 from rollout.tree import Tree
 from trainers.batch import TokenTree
-from treepo.advantages import estimate
+from treepo.advantages import ScoredTree
 from treepo.alarms import alarm_of
 from treepo.base.errors import RunFailed
 from treepo.base.keys import root_key
@@ -27,17 +27,17 @@ from treepo.config import TrainConfig
 from treepo.data import Problem, ProblemOrder
 from treepo.data_order import DataPosition
 from treepo.drawing import draw_batches, draw_segments
-from treepo.dynamic_sampling import StepBatch
+from treepo.dynamic_sampling import GenBatch, StepBatch
 from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate, require_a_verdict
 from treepo.held_out import evaluation_passes, sample_flat
+from treepo.lesson import Lesson, prepare_lesson
 from treepo.overlong import overlong_verdicts
 from treepo.package_versions import package_versions
 from treepo.pools import POOLS_FILE, Pools, dump_pools
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
-from treepo.samples import token_trees
 from treepo.segmented import SegmentBatch
-from treepo.step import has_gradient, mini_batches, reward_items, shuffle_verdicts
+from treepo.step import reward_items, shuffle_verdicts
 from treepo.step_metrics import reward_metrics, rollout_metrics, tree_metrics
 from treepo.sync import publish_weights
 from treepo.text import Decoder
@@ -96,6 +96,16 @@ class Session:
             self.pools = batch.pools
         else:
             batch = draw_batches(self, step, position)
+        metrics = self.describe(batch) | self.learn(step, batch)
+        self.state = replace(self.state, step=step, data_position=batch.after)
+        return metrics | self.time_metrics(metrics, time.monotonic() - began)
+
+    def describe(self, batch: StepBatch | SegmentBatch) -> dict[str, float]:
+        """Metrics of what a step sampled.
+
+        Raises:
+            RunFailed: hardly a response has a verdict.
+        """
         sampled = batch.sampled
         # Not of few prompts: their verifier may fail where others don't.
         if 2 * len(sampled.trees) >= self.config.trainer.train_batch_size:
@@ -105,15 +115,20 @@ class Session:
         metrics = rollout_metrics(sampled.trees, sampled.ledger)
         if sampled.trees:
             metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
-        metrics |= batch.metrics() | self.learn(step, batch)
-        self.state = replace(self.state, step=step, data_position=batch.after)
-        seconds = time.monotonic() - began
-        metrics["timing_s/step"] = seconds
-        metrics |= {f"timing_s/{name}": spent for name, spent in self.timings.items()}
-        metrics["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
-        metrics["training/policy_version"] = float(self.state.policy_version)
         metrics["training/epoch"] = float(batch.after.epoch)
-        return metrics
+        return metrics | batch.metrics()
+
+    def time_metrics(self, metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """
+        Args:
+            metrics: of the step, without these.
+            seconds: that it took.
+        """
+        found = {f"timing_s/{name}": spent for name, spent in self.timings.items()}
+        found["timing_s/step"] = seconds
+        found["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
+        found["training/policy_version"] = float(self.state.policy_version)
+        return found
 
     def judge(
         self, problems: Sequence[Problem], trees: Sequence[Tree], number: int = 0
@@ -146,40 +161,55 @@ class Session:
         """Advantages, the update and the publication of its outcome. A batch that leaves nothing
         to follow is skipped: no update, no new version, and a metric and a line that say so.
         """
-        algorithm, trainer = self.config.algorithm, self.config.trainer
+        lesson = self.prepare(step, batch.kept)
+        self.write_trees(step, batch.settled, lesson)
+        if not lesson.mini_batches:
+            return self.skip(step, batch, lesson)
+        self.progress.stage("learning")
+        with self.clock("update_actor"):
+            metrics = self.cluster.update(lesson.mini_batches, self.state.policy_version)
+        metrics = self.accept(step, lesson, metrics)
+        self.progress.stage("publishing weights")
+        return metrics | self.publish()
+
+    def prepare(self, step: int, kept: Sequence[ScoredTree]) -> Lesson:
+        """Advantages of the groups to train on, and the learner's batches."""
         with self.clock("adv"):
-            advantages = estimate(batch.kept, algorithm)
-            if trainer.save_trees_freq and step % trainer.save_trees_freq == 0:
-                by_problem = {
-                    group.tree.problem_id: values
-                    for group, values in zip(batch.kept, advantages, strict=True)
-                }
-                settled = batch.settled
+            return prepare_lesson(kept, self.config, step, self.strategy[1].max_response_length)
+
+    def write_trees(self, step: int, settled: GenBatch, lesson: Lesson) -> None:
+        """The step's file of trees, if it is to have one."""
+        frequency = self.config.trainer.save_trees_freq
+        if frequency and step % frequency == 0:
+            with self.clock("adv"):
                 write_trees(
                     self.run.trees_file(step),
                     settled.trees,
                     settled.verdicts,
-                    by_problem,
+                    lesson.by_problem,
                     self.decoder,
                 )
-            trees = token_trees(batch.kept, advantages, drop_untrained=True)
-        if not has_gradient(trees, self.config):
-            self.progress.say(f"step {step} skipped: {_why_skipped(batch, trees)}")
-            return {"training/skipped_steps": 1.0}
-        self.progress.stage("learning")
-        with self.clock("update_actor"):
-            key = root_key(self.config.seed, "mini-batches", step)
-            length = self.strategy[1].max_response_length
-            updates = mini_batches(trees, self.config, length, key)
-            metrics = self.cluster.update(updates, self.state.policy_version)
+
+    def skip(self, step: int, batch: StepBatch | SegmentBatch, lesson: Lesson) -> dict[str, float]:
+        """The step ends without an update."""
+        self.progress.say(f"step {step} skipped: {_why_skipped(batch, lesson.trees)}")
+        return {"training/skipped_steps": 1.0}
+
+    def accept(self, step: int, lesson: Lesson, metrics: dict[str, float]) -> dict[str, float]:
+        """The learner has made its update: the state has a new policy version, if no alarm rings.
+
+        Raises:
+            RunFailed: an alarm on the mismatch of sampler and learner.
+        """
+        trainer = self.config.trainer
         if alarm := alarm_of(metrics, trainer.learner.off_policy.alarms, step):
             self.tracker.log(step, metrics)  # the row that shows it
             raise RunFailed(alarm)
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)
-        self.progress.stage("publishing weights")
-        trained = sum(tree.num_tokens for tree in trees)
-        metrics["training/trained_tokens"] = float(trained * trainer.ppo_epochs)
-        return metrics | self.publish() | {"training/skipped_steps": 0.0}
+        return metrics | {
+            "training/trained_tokens": float(lesson.num_tokens * trainer.ppo_epochs),
+            "training/skipped_steps": 0.0,
+        }
 
     def evaluate(self) -> Evaluation:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
