@@ -272,6 +272,35 @@ def test_masked_tokens_leave_the_denominator_where_asked(model_path, inside):
     assert_same(own, {name: tensor * longer for name, tensor in kept.items()})
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_batch_gate_opens_at_the_mean_entropy_of_the_update_itself(model_path, number):
+    """Of the second update under the weights that the first one left; of all rows together."""
+    trees = trees_of(4, seed=3)
+    updates = [rows_of(trees[:2], 150), rows_of(trees[2:], 150)]
+    assert len(updates[number]) > 1
+
+    def update(**mpt):
+        learner = Learner(model_path, LearnerSettings(optimizer=sgd(0.3)))
+        for rows in updates[:number]:
+            learner.update([rows])
+        learner.settings = LearnerSettings(optimizer=sgd(0.3), mpt=MPTSettings(**mpt))
+        return learner.update([updates[number]])
+
+    entropy = update()["actor/entropy"]
+    if number == 0:
+        assert all(abs(entropy_of(model_path, row) - entropy) > 1e-3 for row in updates[0])
+    for change, is_open in ((1e-5, True), (-1e-5, False)):
+        metrics = update(gate="batch", min_prob=0.2, max_entropy=entropy + change)
+        assert (metrics["actor/mpt_masked_frac"] > 0) == is_open
+        assert (metrics["actor/masked_frac"] > 0) == is_open
+
+
+def entropy_of(model_path, row):
+    """Mean entropy of a row by itself, under the first weights."""
+    learner = Learner(model_path, LearnerSettings(optimizer=sgd(0.0)))
+    return learner.update([[row]])["actor/entropy"]
+
+
 EVERYTHING = dict(
     policy_loss=PolicyLossSettings(
         name="gspo", clip_ratio_low=0.4, clip_ratio_high=0.28, kl_loss_coef=0.3, entropy_coeff=0.1
