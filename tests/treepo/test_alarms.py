@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from test_no_signal import learn
 from training_runs import SMALL, run
 
 from trainers.off_policy_settings import AlarmSettings
 from treepo.alarms import alarm_of
+from treepo.base.errors import RunFailed
 from treepo.cli import compose
 from treepo.config import TrainConfig
 from treepo.loop import MAY_CHANGE
@@ -66,6 +68,21 @@ def test_thresholds_are_set_from_the_command_line_and_may_change_when_a_run_goes
     assert {f"{OFF}.alarms.{name}" for name in AlarmSettings.__dataclass_fields__} < {*MAY_CHANGE}
 
 
+def test_a_step_beyond_a_threshold_is_logged_and_not_published():
+    stages, rows = [], []
+    disagreeing = FINE | {"training/rollout_kl": 1.2}
+    words = dict(rewards=[1.0, 0.0], stages=stages, rows=rows)
+    with pytest.raises(RunFailed, match="step 7: training/rollout_kl=1.2"):
+        learn("algorithm=grpo", **words, reported=disagreeing)
+    assert rows == [(7, disagreeing)] and stages == ["learning"]
+    _, _, updates = learn("algorithm=grpo", **words, reported=FINE)
+    assert stages[-1] == "publishing weights" and len(rows) == 1
+    ((_, version),) = updates
+    assert version == 3  # the policy version in force reaches the learner
+    learn("algorithm=grpo", f"{OFF}.alarms.max_kl=0", **words, reported=disagreeing)
+    assert len(rows) == 1
+
+
 SAMPLER = """
 from dataclasses import replace
 from rollout.strategies import TreePO
@@ -76,6 +93,7 @@ class OfOtherWeights(TreePO):
 """
 
 
+@pytest.mark.long
 def test_a_sampler_that_disagrees_stops_the_run_before_its_update_is_published(tmp_path):
     """Tokens are noted as 1.5 nats likelier than the learner finds them, which the weights' own
     proof at every publication cannot see; the alarm is on by default.
