@@ -345,5 +345,10 @@ class Decoder:
 
 
 def _num_known(node) -> int:
-    """Tokens of a path that were computed, or have slots because another request computes them."""
-    return sum(min(len(n.slots), len(n.token_ids)) for n in node.path())
+    """Tokens of a path that were computed, be they on the host, or have slots because another
+    request computes them.
+    """
+    return sum(
+        min(len(n.slots), len(n.token_ids)) if n.host is None else n.host.num_tokens
+        for n in node.path()
+    )

@@ -37,6 +37,7 @@ from rollout.kv_pool import KVPool
 from rollout.linear import forget_packed
 from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
+from rollout.paused import PausedTrees
 from rollout.requests import Completion
 from rollout.sampler import log_probabilities
 from rollout.sampling_settings import TEMPERATURES_ALLOWED, is_temperature
@@ -89,6 +90,7 @@ class Engine:
             )
         self.pool = KVPool(settings.num_kv_slots, device=device, dtype=self.model.dtype)
         self.store = TreeStore(self.pool)
+        self.paused = PausedTrees(self.store, on_host=settings.kv_on_host)
         self.runner = ModelRunner(self.model, self.pool, settings)
         self._meter = Meter()
         self._forward = TreeForward(self.runner, settings, self._meter)
@@ -366,7 +368,8 @@ class Engine:
         in_flight: str = "refuse",
     ) -> dict[str, int]:
         """Copy a weight set into the live model. No request that starts or goes on from a handle
-        afterwards reads keys and values of older ones.
+        afterwards reads keys and values of older ones, but where a tree that was put aside goes on
+        and ``kv_over_update='keep'`` is set.
 
         Args:
             tensors: all at once, or parts that are copied as they come.
@@ -407,8 +410,9 @@ class Engine:
         return tensor_digests(stored_state(self.model))
 
     def sleep(self, weights: str = "keep") -> int:
-        """Give up memory until ``wake``: the pool's with all cached keys and values, captured
-        steps, and with ``weights`` that of the model. Handles live on.
+        """Give up memory until ``wake``: the pool's with all cached keys and values but those of
+        trees that wait on the host, captured steps, and with ``weights`` that of the model. Handles
+        live on.
 
         Args:
             weights: 'keep': they stay. 'host': they are copied to host memory. 'drop': they are
@@ -425,7 +429,9 @@ class Engine:
         if not self.is_idle:
             raise ValueError("the engine has unfinished requests: finish or cancel them first")
         self._check_no_drafts("sleep")
-        self.store.retire(self.policy_version)
+        waiting = self.paused.nodes() if self.settings.kv_on_host else []
+        self.store.retire(self.policy_version, resting=waiting)
+        self.store.offload(waiting)  # what others had locked
         self.pool.release_memory()
         self._forward.release_memory()
         self._is_asleep = True
@@ -465,6 +471,8 @@ class Engine:
             slots_live=live,
             slots_cached=self.pool.num_held - live,
             kv_bytes_per_slot=self.pool.bytes_per_slot,
+            num_paused=len(self.paused),
+            kv_host_bytes=self.tree.num_host_bytes,
         )
 
     def _num_draft_slots(self) -> int:
@@ -507,11 +515,13 @@ class Engine:
             )
 
     def _put_in_force(self, version: int, in_flight: str) -> None:
+        self.paused.note_update()
+        running = []
         if in_flight == "keep":
-            self.store.retire(version, self._decoder.keep_running())
+            running = self._decoder.keep_running()
         else:
             self._decoder.put_all_back()
-            self.store.retire(version)
+        self.store.retire(version, running, self.paused.nodes())
         self._decoder.note_version(version)
 
     def _check_no_drafts(self, what: str) -> None:

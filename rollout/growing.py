@@ -27,7 +27,8 @@ class Growing:
         put_aside: requests that this call serves no further, by request id.
         handles: engine node of each place that was asked for. Indices shift when a strategy cuts a
             segment; places stay.
-        drawn: engine nodes of drawn tokens, kept so that what was computed is found again.
+        drawn: engine nodes behind what this call drew.
+        stopped: of these, the places where a stop was drawn.
         begun: depth of the first token that this call draws of a segment, by its path key.
         outstanding: requests that are queued or submitted.
         num_tokens: of the tree so far.
@@ -42,7 +43,8 @@ class Growing:
     partials: dict[int, Partial] = field(default_factory=dict)
     put_aside: dict[int, Partial] = field(default_factory=dict)
     handles: dict[Place, Node] = field(default_factory=dict)
-    drawn: list[Node] = field(default_factory=list)
+    drawn: dict[Place, Node] = field(default_factory=dict)
+    stopped: set[Place] = field(default_factory=set)
     begun: dict[int, int] = field(default_factory=dict)
     outstanding: int = 0
     num_expected: int = 0
@@ -69,15 +71,14 @@ class Growing:
 
     def node(self, engine: Engine, partial: Partial) -> Node:
         """Engine node at the end of what was drawn for a request."""
-        parent = self._handle(engine, partial.request.parent)
         if not partial.num_tokens:
-            node = parent
+            node = self._handle(engine, partial.request.parent)
         else:
-            depth = self.depth(partial.request.parent) + partial.num_tokens
-            place = partial.request.path_key, depth
+            place = self.end_of(partial)
             if place not in self.handles:
-                self.handles[place] = node = engine.append(parent, partial.token_ids)
-                engine.soften(node)
+                parent = self._handle(engine, partial.request.parent)
+                self.handles[place] = engine.append(parent, partial.token_ids)
+                engine.soften(self.handles[place])
             node = self.handles[place]
         # Invariant: what the model will see is what the record says.
         recorded = [self.segments[i].token_ids for i in path(self.segments, partial.request.parent)]
@@ -86,10 +87,21 @@ class Growing:
         ), "the engine's path differs from the recorded one"
         return node
 
+    def end_of(self, partial: Partial) -> Place:
+        """The place behind what was drawn for a request."""
+        parent = partial.request.parent
+        depth = self.depth(parent) + partial.num_tokens
+        return (
+            partial.request.path_key if partial.num_tokens else self.segments[parent].path_key,
+            depth,
+        )
+
     def _handle(self, engine: Engine, index: int) -> Node:
-        """Engine node of an arena segment; what was sampled before is found by its tokens."""
+        """Engine node of an arena segment."""
         segment = self.segments[index]
         place = segment.path_key, self.depth(index)
+        if place in self.drawn:
+            return self.drawn[place]
         if place not in self.handles:
             if segment.parent < 0:
                 node = engine.prefill(segment.token_ids)
@@ -98,6 +110,27 @@ class Growing:
             engine.soften(node)
             self.handles[place] = node
         return self.handles[place]
+
+    def pause(self, engine: Engine, growth: Growth) -> None:
+        """Leave the places from which paths will go on with the engine: the ends of requests that
+        were put aside, and of segments that the strategy has yet to use. New paths leave the prompt
+        under the weights that are then in force, so its own place is none of them.
+        """
+        in_arena = {segment.path_key for segment in self.segments}
+        ends = {self.end_of(partial) for partial in self.put_aside.values()}
+        deepest: dict[int, int] = {}  # by path key, of segments that are not in the arena
+        for path_key, depth in (*self.handles, *self.drawn):
+            if path_key not in in_arena:
+                deepest[path_key] = max(depth, deepest.get(path_key, 0))
+        ends |= set(deepest.items()) - self.stopped
+        ends -= {(self.segments[0].path_key, self.segments[0].num_tokens)}
+        kept: dict[Place, Node] = {}
+        for place in sorted(ends, key=lambda place: place[1]):
+            for nodes in (self.drawn, self.handles):
+                if place in nodes and place not in kept:
+                    kept[place] = nodes.pop(place)
+        self.free(engine, drop=False)
+        engine.paused.put(growth, kept)
 
     def growth(self) -> Growth:
         """The unfinished tree as a record; nothing is outstanding."""
@@ -109,7 +142,7 @@ class Growing:
         """End all handles. With ``drop`` the tree's keys and values leave the cache, but for its
         prompt's, which other trees may share.
         """
-        for node in reversed(self.drawn):
+        for node in reversed(self.drawn.values()):
             engine.free(node, drop=drop)
         root = self.segments[0].path_key
         deepest_first = sorted(self.handles.items(), key=lambda item: -item[0][1])

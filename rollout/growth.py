@@ -14,6 +14,7 @@ another process, under other weights.
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,12 +100,15 @@ class Growth:
         return self.state.segments[0].path_key
 
     @property
+    def _parts(self) -> tuple[Any, ...]:
+        """All that holds tokens; ``received`` is where the built-in strategies keep results."""
+        received = getattr(self.state, "received", ())
+        return (*self.state.segments, *received, *self.partials)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the tree so far, the prompt's and those of unfinished segments included."""
-        received = getattr(self.state, "received", ())
-        return sum(
-            len(part.token_ids) for part in (*self.state.segments, *received, *self.partials)
-        )
+        return sum(len(part.token_ids) for part in self._parts)
 
     @property
     def num_response_tokens(self) -> int:
@@ -114,10 +118,17 @@ class Growth:
     @property
     def oldest_version(self) -> int | None:
         """Of the weights that drew its tokens; None if there are none yet."""
-        received = getattr(self.state, "received", ())
-        parts = (*self.state.segments[1:], *received, *self.partials)
-        versions = [int(part.policy_versions.min()) for part in parts if len(part.token_ids)]
-        return min(versions, default=None)
+        parts = [part for part in self._parts[1:] if len(part.token_ids)]
+        return min((int(part.policy_versions.min()) for part in parts), default=None)
+
+    @property
+    def checksum(self) -> int:
+        """Of its tokens and how they are cut: differs from that of the tree further on."""
+        found = 0
+        for part in self._parts:
+            found = zlib.crc32(b"%d" % len(part.token_ids), found)
+            found = zlib.crc32(part.token_ids.tobytes(), found)
+        return found
 
 
 def nothing_drawn(request: ExtendRequest) -> Partial:

@@ -120,6 +120,8 @@ class Service:
             state, partials = item.state, list(item.partials)
         growing = Growing(index, self.ranks[index], item.problem_id, state, _num_tokens(item))
         self.growing[index] = growing
+        if isinstance(item, Growth):
+            growing.handles.update(self.engine.paused.take(item))
         return self._take(growing, partials)
 
     def _unbegun(self, item: Work) -> Tree | Growth:
@@ -155,7 +157,8 @@ class Service:
         if tree is not None:
             self._cancel(growing)
             self.engine.add_costs(CostLedger(unique_tokens=num_unique_tokens(tree)))
-            self._end(growing, sum(s.num_tokens for s in tree.segments), drop=True)
+            growing.free(self.engine, drop=True)
+            self._end(growing, sum(segment.num_tokens for segment in tree.segments))
             return [(growing.index, tree)]
         for partial in partials:
             left = partial.request.spec.max_tokens - partial.num_tokens
@@ -177,11 +180,14 @@ class Service:
 
     def _put_aside(self, growing: Growing) -> tuple[int, Growth]:
         growth = growing.growth()
-        self._end(growing, growth.num_tokens, drop=False)
+        if self.engine.settings.keeps_kv:
+            growing.pause(self.engine, growth)
+        else:
+            growing.free(self.engine, drop=False)
+        self._end(growing, growth.num_tokens)
         return growing.index, growth
 
-    def _end(self, growing: Growing, num_tokens: int, *, drop: bool) -> None:
-        growing.free(self.engine, drop=drop)
+    def _end(self, growing: Growing, num_tokens: int) -> None:
         del self.growing[growing.index]
         self.room.note(num_tokens)
 
@@ -252,10 +258,17 @@ class Service:
     def _drawn(self, piece: _Piece, completion: Completion) -> Partial:
         """All that was drawn of a request whose piece has ended."""
         self.engine.soften(completion.node)
-        piece.growing.drawn.append(completion.node)
+        drawn = joined(piece.partial, completion)
+        if drawn.num_tokens:
+            place = piece.growing.end_of(drawn)
+            piece.growing.drawn[place] = completion.node
+            if completion.finish_reason == STOP:
+                piece.growing.stopped.add(place)
+        else:
+            self.engine.free(completion.node)
         piece.growing.num_tokens += len(completion.token_ids)
         piece.growing.num_expected -= piece.first_slots
-        return joined(piece.partial, completion)
+        return drawn
 
     def _deliveries(
         self, completions: Sequence[Completion]

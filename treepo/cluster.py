@@ -104,6 +104,8 @@ class Cluster:
     _learner_setups: list[Any] = field(default_factory=list)
     _reference_setups: list[Any] = field(default_factory=list)
     _has_weight_group: bool = False
+    _keeps_kv: bool = False
+    _homes: dict[int, int] = field(default_factory=dict)  # of unfinished trees, by root key
 
     def __enter__(self) -> Cluster:
         if self.config.address is None:
@@ -137,6 +139,7 @@ class Cluster:
         Args:
             tokenizer: for stop strings, if it is not the model's own.
         """
+        self._keeps_kv = engine.keeps_kv
         share = 0.5 if self.config.colocate else 1.0
         actor = ray.remote(RolloutWorker).options(
             num_cpus=self.config.cpus_per_rollout_worker * share,
@@ -218,12 +221,14 @@ class Cluster:
         expected_tokens: Sequence[float] | None = None,
     ) -> tuple[list[Tree | Growth], CostLedger]:
         """Grow new and unfinished trees until they are finished or the limits are reached; they
-        come back in the order of ``work``. A tree may go on on any worker.
+        come back in the order of ``work``. A tree may go on on any worker; it goes back to the one
+        that has kept its keys and values, if any.
 
         Args:
             expected_tokens: of each tree yet; the longest are served first and dealt evenly.
         """
-        shares = deal(len(work), len(self.rollout), expected_tokens)
+        homes = [self._homes.get(t.root_key) if isinstance(t, Growth) else None for t in work]
+        shares = deal(homes, len(self.rollout), expected_tokens)
         refs = [
             worker.grow.remote(
                 [work[i] for i in share],
@@ -240,10 +245,19 @@ class Cluster:
         answers = self._get("rollout worker", refs, self.config.call_timeout_seconds)
         found: dict[int, Tree | Growth] = {}
         ledger = CostLedger()
-        for share, (grown, cost) in zip(shares, answers, strict=True):
+        for rank, (share, (grown, cost)) in enumerate(zip(shares, answers, strict=True)):
             found.update(zip(share, grown, strict=True))
             ledger = ledger + cost
+            self._note_homes(rank, grown)
         return [found[i] for i in range(len(work))], ledger
+
+    def _note_homes(self, rank: int, grown: Sequence[Tree | Growth]) -> None:
+        if self._keeps_kv:
+            for tree in grown:
+                if isinstance(tree, Growth):
+                    self._homes[tree.root_key] = rank
+                else:
+                    self._homes.pop(tree.segments[0].path_key, None)
 
     def update(
         self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]], policy_version: int

@@ -9,24 +9,28 @@ from rollout.growth import GrowthLimits
 
 
 def deal(
-    count: int, num_workers: int, expected_tokens: Sequence[float] | None = None
+    homes: Sequence[int | None], num_workers: int, expected_tokens: Sequence[float] | None = None
 ) -> list[list[int]]:
-    """Indices of the trees of each worker; workers without any are left out.
+    """Indices of the trees of each worker.
 
-    Without expectations the trees go round. With them the longest goes first, each to the worker
-    with the least so far (longest processing time first; Graham 1969, "Bounds on multiprocessing
-    timing anomalies": at most 4/3 of the shortest possible end).
+    Each tree goes to the worker with the least so far, the longest first where lengths are expected
+    (longest processing time first; Graham 1969, "Bounds on multiprocessing timing anomalies": at
+    most 4/3 of the shortest possible end); otherwise all count alike and they go round.
+
+    Args:
+        homes: of each tree the worker that holds its keys and values, to which it goes before all
+            others; None: any.
     """
-    num_workers = min(num_workers, count)
-    if expected_tokens is None:
-        return [list(range(rank, count, num_workers)) for rank in range(num_workers)]
+    weights = [1.0] * len(homes) if expected_tokens is None else expected_tokens
     shares: list[list[int]] = [[] for _ in range(num_workers)]
     loads = [0.0] * num_workers
-    for index in sorted(range(count), key=lambda i: -expected_tokens[i]):
-        rank = min(range(num_workers), key=lambda r: (loads[r], len(shares[r])))
+    for index in sorted(range(len(homes)), key=lambda i: (homes[i] is None, -weights[i])):
+        rank = homes[index]
+        if rank is None:
+            rank = min(range(num_workers), key=lambda r: (loads[r], len(shares[r])))
         shares[rank].append(index)
-        loads[rank] += expected_tokens[index]
-    return [sorted(share) for share in shares if share]
+        loads[rank] += weights[index]
+    return [sorted(share) for share in shares]
 
 
 def limits_of_shares(limits: GrowthLimits, sizes: Sequence[int]) -> list[GrowthLimits]:
@@ -35,7 +39,7 @@ def limits_of_shares(limits: GrowthLimits, sizes: Sequence[int]) -> list[GrowthL
     the earliest.
     """
     wanted, total = limits.stop_when_finished, sum(sizes)
-    if not wanted:
+    if not wanted or not total:
         return [limits] * len(sizes)
     parts = [wanted * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(wanted * sizes[i] % total))

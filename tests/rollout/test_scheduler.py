@@ -159,12 +159,8 @@ def test_a_path_too_long_for_the_pool_is_one_clear_error_and_leaves_nothing_behi
 def test_an_engine_path_that_differs_from_the_record_is_caught():
     engine = make_engine()
     strategy = STRATEGIES.get("treepo")(TREE)
-    inner = engine.append
-
-    def cutting(node, token_ids):
-        return inner(node, token_ids[:-1]) if len(token_ids) > 1 else inner(node, token_ids)
-
-    engine.append = cutting
+    inner = engine.prefill
+    engine.prefill = lambda token_ids: inner(token_ids[:-1])
     with pytest.raises(AssertionError, match="differs from the recorded"):
         list(generate(engine, strategy, prompts()))
 

@@ -215,7 +215,7 @@ def test_the_same_for_long(folder, models):
 def test_the_oracle_notices_an_engine_that_keeps_the_cache_of_older_weights(
     folder, models, monkeypatch
 ):
-    def keep_all(store, policy_version, keep=()):
+    def keep_all(store, policy_version, keep=(), resting=()):
         store.policy_version = policy_version
 
     root = RadixTree.root
