@@ -128,3 +128,29 @@ def test_a_run_killed_while_trees_are_unfinished_goes_on_with_them_to_the_same_e
         assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
     for step in range(1, 13):
         assert step_trees(expected, step) == step_trees(killed, step), f"trees of step {step}"
+
+
+def responses(folder: Path, num_steps: int) -> dict[tuple[str, str], list]:
+    """Tokens of every tree that was trained on or filtered, by problem and key of the prompt."""
+    found = {}
+    for step in range(1, num_steps + 1):
+        for tree in step_trees(folder, step):
+            nodes = tree["nodes"]
+            name = tree["problem_id"], nodes[0]["path_key"]
+            assert name not in found
+            found[name] = [(n["path_key"], n["token_ids"], n["finish_reason"]) for n in nodes]
+    return found
+
+
+@pytest.mark.parametrize("choices", [FLAT, []], ids=["flat", "treepo"])
+def test_weights_that_stay_give_the_trees_of_whole_rollouts_however_they_are_cut(tmp_path, choices):
+    """A learning rate of 0: new versions of the same weights."""
+    words = settings(
+        tmp_path, *choices, "trainer.total_steps=12", "trainer.learner.optimizer.lr=0",
+        "data.size=64", "trainer.save_freq=0",
+    )  # fmt: skip
+    pieces = responses(finish(tmp_path / "pieces", words), 12)
+    words = [word for word in words if not word.startswith("trainer.segments")]
+    whole = responses(finish(tmp_path / "whole", words), 12)
+    assert len(pieces) >= 24 and set(pieces) < set(whole)  # some are not over at the run's end
+    assert all(pieces[name] == whole[name] for name in pieces)
