@@ -31,6 +31,7 @@ from trainers.worker import LearnerWorker, ReferenceWorker
 from treepo.base.errors import RunFailed
 from treepo.config import ClusterConfig
 from treepo.shares import deal, limits_of_shares
+from treepo.turns import Turn, Turns
 
 
 class WorkerLost(RunFailed):
@@ -106,6 +107,7 @@ class Cluster:
     _has_weight_group: bool = False
     _keeps_kv: bool = False
     _homes: dict[int, int] = field(default_factory=dict)  # of unfinished trees, by root key
+    _turns: Turns | None = None
 
     def __enter__(self) -> Cluster:
         if self.config.address is None:
@@ -154,6 +156,11 @@ class Cluster:
         """Start the learner ranks, which meet in :meth:`wait_until_ready`, and with
         ``reference=actor`` those who hold the reference.
         """
+        if self.config.sleeps and self.rollout:
+            timeout = self.config.start_timeout_seconds
+            self._get("rollout worker", self._rollout_setups, timeout)  # before others need memory
+            self._call_rollout("sleep", "host")
+            self._turns = Turns(self._call_rollout, self._call_learners, samplers_sleep=True)
         if settings.reference == "actor":
             self._start_references(model_path, settings)
         share = 0.5 if self.config.colocate else 1.0
@@ -227,6 +234,7 @@ class Cluster:
         Args:
             expected_tokens: of each tree yet; the longest are served first and dealt evenly.
         """
+        self._take(Turn.SAMPLING)
         homes = [self._homes.get(t.root_key) if isinstance(t, Growth) else None for t in work]
         shares = deal(homes, len(self.rollout), expected_tokens)
         refs = [
@@ -268,6 +276,7 @@ class Cluster:
             mini_batches: indexed [rank][mini-batch][micro-batch].
             policy_version: of the learner's weights now.
         """
+        self._take(Turn.LEARNING, forget=True)
         rows: list[Any] = list(mini_batches)
         logprobs: list[Any] = [None] * len(rows)
         if self.references:
@@ -300,6 +309,7 @@ class Cluster:
         Returns:
             the digests that an engine must find, and those that each engine found, by rank.
         """
+        self._take(Turn.PUBLISHING)
         if self.config.weight_transport == "group":
             return self._broadcast_weights(version, dtype)
         calls = [
@@ -308,7 +318,7 @@ class Cluster:
         timeout = self.config.call_timeout_seconds
         manifests = self._get("learner rank", [call[0] for call in calls], timeout)
         digests = self._get("learner rank", [call[1] for call in calls], timeout)
-        return digests[0], self.on_rollout("load_weights", version, manifests[0], calls[0][2])
+        return digests[0], self._call_rollout("load_weights", version, manifests[0], calls[0][2])
 
     def _broadcast_weights(
         self, version: int, dtype: str
@@ -354,11 +364,28 @@ class Cluster:
 
     def on_learners(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every learner rank with the same arguments; answers by rank."""
-        refs = [getattr(learner, method).remote(*arguments) for learner in self.learners]
-        return self._get("learner rank", refs, self.config.call_timeout_seconds)
+        if self._turns is not None:
+            self._turns.take_for_learners(method)
+        return self._call_learners(method, *arguments)
 
     def on_rollout(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every rollout worker with the same arguments; answers by rank."""
+        self._take(Turn.SAMPLING)
+        return self._call_rollout(method, *arguments)
+
+    def turn_metrics(self) -> dict[str, float]:
+        """What it cost since this was last asked that one side slept while the other worked."""
+        return {} if self._turns is None else self._turns.metrics()
+
+    def _take(self, turn: Turn, *, forget: bool = False) -> None:
+        if self._turns is not None:
+            self._turns.take(turn, forget=forget)
+
+    def _call_learners(self, method: str, *arguments: Any) -> list[Any]:
+        refs = [getattr(learner, method).remote(*arguments) for learner in self.learners]
+        return self._get("learner rank", refs, self.config.call_timeout_seconds)
+
+    def _call_rollout(self, method: str, *arguments: Any) -> list[Any]:
         refs = [getattr(worker, method).remote(*arguments) for worker in self.rollout]
         return self._get("rollout worker", refs, self.config.call_timeout_seconds)
 

@@ -113,6 +113,9 @@ class ClusterConfig:
     cpus_per_reference_worker: float = 1.0
     gpus_per_reference_worker: float = 0.0
     colocate: bool = True  # rollout and learner take turns on the same processors
+    # whoever has not the turn gives up its GPU memory: weights, keys and values, optimiser. Left
+    # out: with colocate, where both have GPUs
+    sleep: bool | None = None
     # how new weights reach the engines: object_store (shared memory of each machine, copied between
     # machines once), or group (broadcast over NCCL, or gloo where a GPU is shared or there is none)
     weight_transport: str = "object_store"
@@ -143,6 +146,19 @@ class ClusterConfig:
             "cluster.weight_timeout_seconds", self.weight_timeout_seconds,
             self.weight_timeout_seconds > 0, "> 0",
         )  # fmt: skip
+        if self.sleep and not self.colocate:
+            raise ValueError(
+                "cluster.sleep=true is for samplers and learners that take turns, but with "
+                "cluster.colocate=false they work at the same time: leave sleep out, or set "
+                "cluster.colocate=true"
+            )
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether samplers and learners give up memory in turns."""
+        if self.sleep is not None:
+            return self.sleep
+        return self.colocate and self.gpus_per_rollout_worker > 0 < self.gpus_per_learner_rank
 
 
 @dataclass
@@ -182,6 +198,12 @@ class TrainConfig:
                 "train on; lower the one or raise the other"
             )
         self._check_reference()
+        if self.cluster.sleeps and self.engine.keeps_kv and not self.engine.kv_on_host:
+            raise ValueError(
+                "engine.kv_over_update=keep leaves keys and values in the pool, whose memory is "
+                "given up for every update (cluster.sleep): set engine.kv_on_host=true, or "
+                "cluster.sleep=false"
+            )
         name, strategy = strategy_settings(self)
         self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)

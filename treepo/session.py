@@ -128,7 +128,7 @@ class Session:
         found["timing_s/step"] = seconds
         found["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
         found["training/policy_version"] = float(self.state.policy_version)
-        return found
+        return found | self.cluster.turn_metrics()
 
     def judge(
         self, problems: Sequence[Problem], trees: Sequence[Tree], number: int = 0

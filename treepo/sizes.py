@@ -27,6 +27,8 @@ def derived_sizes(config: TrainConfig) -> dict[str, str]:
         "longest path": f"{config.max_prompt_length + strategy.max_response_length} tokens",
     }
     sizes.update(_memory(config))
+    if config.cluster.sleeps:
+        sizes["taking turns"] = "samplers and learners give up their memory to each other"
     return sizes
 
 
