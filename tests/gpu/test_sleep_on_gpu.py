@@ -30,11 +30,16 @@ def tokens_of(engine):
 @pytest.mark.parametrize("weights", ["keep", "host"])
 def test_an_engine_frees_its_memory_and_serves_the_same_tokens_after(weights, dtype):
     model = tiny_model("qwen3", getattr(torch, dtype)).to("cuda")
-    engine = Engine(model, EngineSettings(num_kv_slots=200_000, device="cuda", dtype=dtype))
+    engine = Engine(model, EngineSettings(num_kv_slots=2_000_000, device="cuda", dtype=dtype))
     before, digests = tokens_of(engine), engine.digests()
-    held = torch.cuda.memory_reserved()
-    engine.sleep(weights)
-    assert torch.cuda.memory_allocated() < 20 * MIB and torch.cuda.memory_reserved() < held / 2
+    held, pool = torch.cuda.memory_allocated(), engine.pool.bytes_per_slot * 2_000_000
+    assert pool > 200 * MIB and torch.cuda.memory_reserved() > pool
+    moved = engine.sleep(weights)
+    assert (moved > 0) is (weights == "host")
+    freed = held - torch.cuda.memory_allocated()
+    assert freed > pool + 0.95 * moved
+    # other processes get it; what libraries work in stays
+    assert torch.cuda.memory_reserved() < held - freed + 100 * MIB
     engine.wake()
     assert engine.digests() == digests and tokens_of(engine) == before
 
@@ -57,11 +62,13 @@ def test_a_learner_frees_its_memory_and_goes_on_to_the_last_bit(tmp_path, zero_s
     rows = pack(drawn_trees(3), 10_000, 1)[0]
     learner.update([rows])
     digest, held = learner.digest(), torch.cuda.memory_allocated()
-    assert held > 20 * MIB
+    weights = sum(t.nbytes for t in learner.state_tensors().values())
     moved = learner.sleep(keep_weights=True)
     assert learner.digest() == digest
     moved += learner.sleep()
-    assert moved > 0.9 * held and torch.cuda.memory_allocated() < held / 10
+    # the reference as well, and all but adapters have an optimiser's state
+    assert moved > (1.9 if lora else 3.9) * weights
+    assert held - torch.cuda.memory_allocated() > 0.95 * moved
     assert learner.wake() == moved
     assert learner.digest() == digest
     assert learner.update([rows])["actor/num_updates"] == 1
