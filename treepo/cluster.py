@@ -18,6 +18,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger
@@ -108,6 +110,7 @@ class Cluster:
     _keeps_kv: bool = False
     _homes: dict[int, int] = field(default_factory=dict)  # of unfinished trees, by root key
     _turns: Turns | None = None
+    _seats: Any = None  # a placement group where sides share GPUs
 
     def __enter__(self) -> Cluster:
         if self.config.address is None:
@@ -142,12 +145,13 @@ class Cluster:
             tokenizer: for stop strings, if it is not the model's own.
         """
         self._keeps_kv = engine.keeps_kv
-        share = 0.5 if self.config.colocate else 1.0
-        actor = ray.remote(RolloutWorker).options(
-            num_cpus=self.config.cpus_per_rollout_worker * share,
-            num_gpus=self.config.gpus_per_rollout_worker * share,
-        )
-        self.rollout = [actor.remote(rank) for rank in range(self.config.num_rollout_workers)]
+        if self.config.shares_gpus:
+            self._seats = self._reserve_seats()
+        needs = self.config.cpus_per_rollout_worker, self.config.gpus_per_rollout_worker
+        self.rollout = [
+            self._seated(RolloutWorker, rank, *needs).remote(rank)
+            for rank in range(self.config.num_rollout_workers)
+        ]
         self._rollout_setups = [
             worker.setup.remote(model_path, engine, tokenizer) for worker in self.rollout
         ]
@@ -163,13 +167,11 @@ class Cluster:
             self._turns = Turns(self._call_rollout, self._call_learners, samplers_sleep=True)
         if settings.reference == "actor":
             self._start_references(model_path, settings)
-        share = 0.5 if self.config.colocate else 1.0
         world = self.config.num_learner_ranks
-        actor = ray.remote(LearnerWorker).options(
-            num_cpus=self.config.cpus_per_learner_rank * share,
-            num_gpus=self.config.gpus_per_learner_rank * share,
-        )
-        self.learners = [actor.remote(rank, world) for rank in range(world)]
+        needs = self.config.cpus_per_learner_rank, self.config.gpus_per_learner_rank
+        self.learners = [
+            self._seated(LearnerWorker, rank, *needs).remote(rank, world) for rank in range(world)
+        ]
         address = None
         if world > 1:
             first = [self.learners[0].rendezvous_address.remote()]
@@ -177,6 +179,34 @@ class Cluster:
         self._learner_setups = [
             learner.setup.remote(address, model_path, settings) for learner in self.learners
         ]
+
+    def _reserve_seats(self) -> Any:
+        """Room for one worker of each side, by number. Ray by itself fills a GPU with two workers
+        of one side, which then have the turn together, while another GPU is idle.
+        """
+        config = self.config
+        room = {
+            "CPU": max(config.cpus_per_rollout_worker, config.cpus_per_learner_rank),
+            "GPU": max(config.gpus_per_rollout_worker, config.gpus_per_learner_rank),
+        }
+        count = max(config.num_rollout_workers, config.num_learner_ranks)
+        seats = placement_group([room] * count, strategy="PACK")
+        if not seats.wait(config.start_timeout_seconds):
+            raise WorkerLost(
+                f"the Ray cluster did not free {count} x {room} within "
+                f"{config.start_timeout_seconds:.0f} s: something else is running on it"
+            )
+        return seats
+
+    def _seated(self, worker: type, rank: int, num_cpus: float, num_gpus: float) -> Any:
+        """The actor class of worker ``rank`` of either side, which needs so much in its turn."""
+        share = 0.5 if self.config.colocate else 1.0
+        options: dict[str, Any] = {"num_cpus": num_cpus * share, "num_gpus": num_gpus * share}
+        if self._seats is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._seats, placement_group_bundle_index=rank
+            )
+        return ray.remote(worker).options(**options)
 
     def _start_references(self, model_path: str, settings: LearnerSettings) -> None:
         actor = ray.remote(ReferenceWorker).options(

@@ -156,8 +156,11 @@ class ClusterConfig:
     @property
     def sleeps(self) -> bool:
         """Whether samplers and learners give up memory in turns."""
-        if self.sleep is not None:
-            return self.sleep
+        return self.shares_gpus if self.sleep is None else self.sleep
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether a rollout worker and a learner rank are on the same GPU."""
         return self.colocate and self.gpus_per_rollout_worker > 0 < self.gpus_per_learner_rank
 
 

@@ -83,10 +83,6 @@ def test_parameters_do_not_depend_on_ranks_accumulation_and_zero_stage(
     check_ranks(world_size, model_path, cases, tmp_path, policy_loss)
 
 
-def test_two_ranks_with_adapters_and_zero_2_equal_one_rank_with_one_row(model_path, tmp_path):
-    check_ranks(2, model_path, [(2, 3)], tmp_path, rank_program.SEQUENCE_LOSS, rank_program.LORA)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_adapters_do_not_depend_on_ranks_accumulation_and_zero_stage(
