@@ -140,7 +140,10 @@ class LengthPredictor:
         }
 
     def expected_remaining(
-        self, prompt_id: str, drawn: Sequence[int] | np.ndarray | int, cap: int
+        self,
+        prompt_id: str,
+        drawn: Sequence[int] | np.ndarray | int,
+        cap: Sequence[int] | np.ndarray | int,
     ) -> np.ndarray:
         """float64, tokens that each response to a prompt is still expected to draw.
 
@@ -149,7 +152,7 @@ class LengthPredictor:
             cap: tokens that each may draw in all.
         """
         curve = self._of_prompt.get(prompt_id, self._global)
-        return curve.expected_remaining(np.asarray(drawn), cap)
+        return curve.expected_remaining(np.asarray(drawn), np.asarray(cap))
 
     def knows(self, prompt_id: str) -> bool:
         """Whether a response to this very prompt has been seen to end."""

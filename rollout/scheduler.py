@@ -69,16 +69,16 @@ def grow(
     yields (index in ``work``, tree) of each as it is finished or put aside.
 
     Args:
-        expected_tokens: how many tokens each tree is expected to need yet: the longest begin and
-            are served first, which shortens the end of a call, where few are left (Seer, arXiv
-            2511.14617). None: in the order of ``work``.
+        expected_tokens: how many tokens each tree is expected to need yet: those with the most a
+            path that they wait for begin and are served first, which shortens the end of a call,
+            where few are left (Seer, arXiv 2511.14617). None: in the order of ``work``.
         order_seed: see ``generate``.
 
     Raises:
         ValueError: a path cannot fit the engine's pool or the model's positions, an unfinished tree
             is another strategy's, or there is not one expectation for each tree.
     """
-    ranks = _ranks(work, expected_tokens)
+    ranks = _ranks(strategy, work, expected_tokens)
     for index, item in enumerate(work):
         _check_state(strategy, index, item)
     service = Service(
@@ -109,8 +109,12 @@ def grow_all(
     return [grown[index] for index in range(len(work))]
 
 
-def _ranks(work: Sequence[Work], expected_tokens: Sequence[float] | None) -> list[int]:
-    """Each tree's place in the order of service."""
+def _ranks(
+    strategy: Strategy, work: Sequence[Work], expected_tokens: Sequence[float] | None
+) -> list[int]:
+    """Each tree's place in the order of service. Slots are held by paths: one long path is to begin
+    before eight short ones that draw more together.
+    """
     if expected_tokens is None:
         return list(range(len(work)))
     if len(expected_tokens) != len(work) or not all(map(math.isfinite, expected_tokens)):
@@ -119,9 +123,18 @@ def _ranks(work: Sequence[Work], expected_tokens: Sequence[float] | None) -> lis
             "finite number for each"
         )
     ranks = [0] * len(work)
-    for rank, index in enumerate(sorted(range(len(work)), key=lambda i: -expected_tokens[i])):
+    a_path = [
+        expected / max(1, _num_paths(strategy, item))
+        for item, expected in zip(work, expected_tokens, strict=True)
+    ]
+    for rank, index in enumerate(sorted(range(len(work)), key=lambda i: -a_path[i])):
         ranks[index] = rank
     return ranks
+
+
+def _num_paths(strategy: Strategy, item: Work) -> int:
+    """That a tree waits for when it begins or goes on."""
+    return len(item.partials if isinstance(item, Growth) else strategy.start(item)[1])
 
 
 def _check_state(strategy: Strategy, index: int, item: Work) -> None:

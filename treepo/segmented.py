@@ -41,7 +41,7 @@ from treepo.pools import (
 )
 from treepo.segment_settings import SegmentSettings
 from treepo.step_metrics import version_metrics
-from treepo.submission import of_growth, of_tree
+from treepo.submission import length_error, of_growth, of_tree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +179,7 @@ def segmented_step(
         after=position,
         num_new=len(begun),
         num_dropped=len({entry.problem.id for entry in dropped}),
-        spans=version_metrics(kept) | _num_segments(batch),
+        spans=version_metrics(kept) | _num_segments(batch) | _length_error(grown, pools, rollout),
     )
 
 
@@ -255,6 +255,11 @@ def _gen_batch(groups: Sequence[Group]) -> GenBatch:
         verdicts=[list(group.verdicts) for group in groups],
         ledger=CostLedger(),
     )
+
+
+def _length_error(grown: Sequence[Tree | Growth], before: Pools, rollout: Any) -> dict[str, float]:
+    error = length_error(grown, before.lengths, rollout.max_response_length)
+    return {} if error is None else {"rollout/length_error": error}
 
 
 def _num_segments(batch: Sequence[Group]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 has seen of lengths (``rollout/length_statistics.py``). It changes when a step ends, not what is
 drawn.
 
-A tree is expected to draw, in this step, the sum over its paths of min(expected rest, segment).
+A tree is expected to draw, in this step, the sum over its paths of E[min(rest, segment)]. Workers
+get equal shares of that; each serves the trees first of which a single path draws the most.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rollout.growth import Growth
-from rollout.length_statistics import PAUSED, LengthStatistics, Observation
+from rollout.length_statistics import PAUSED, LengthStatistics, Observation, relative_error
 from rollout.strategies.arena import response_length
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
@@ -54,6 +55,20 @@ def of_growth(growth: Growth, cap: int) -> list[Observation]:
     ]
 
 
+def length_error(
+    grown: Sequence[Tree | Growth], statistics: LengthStatistics, cap: int
+) -> float | None:
+    """How far predictions are off: sum over the trees that ended of the distance between the mean
+    length of their responses and what ``statistics``, of the time before, said of it, over the sum
+    of these means. None if none ended, or all were empty.
+    """
+    predictor = statistics.predictor(_SAMPLING)
+    trees = [tree for tree in grown if isinstance(tree, Tree) and tree.num_leaves]
+    actual = [float(leaf_num_tokens(tree).mean()) for tree in trees]
+    predicted = [float(predictor.expected_remaining(t.problem_id, 0, cap)) for t in trees]
+    return relative_error(predicted, actual) if sum(actual) else None
+
+
 def drawn(growth: Growth) -> list[int]:
     """Tokens of the response on each path that goes on."""
     segments = growth.state.segments
@@ -88,6 +103,8 @@ def expected_tokens(
     expected = []
     for entry in growing:
         lengths = [0] * rollout.n if isinstance(entry.work, Prompt) else drawn(entry.work)
-        rest = predictor.expected_remaining(entry.problem.id, np.array(lengths, np.int64), cap)
-        expected.append(float(np.minimum(rest, segment_length or cap).sum()))
+        so_far = np.array(lengths, np.int64)
+        ends = np.maximum(so_far, np.minimum(so_far + (segment_length or cap), cap))
+        rest = predictor.expected_remaining(entry.problem.id, so_far, ends)
+        expected.append(float(rest.sum()))
     return expected

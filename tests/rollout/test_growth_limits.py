@@ -256,6 +256,19 @@ def test_requests_of_long_trees_overtake_those_that_wait():
     assert first == [0, 1]
 
 
+def test_one_long_path_goes_before_many_short_ones_that_draw_more_together():
+    flat = STRATEGIES.get("flat")(FlatSettings(n=3, max_response_length=60, stop_token_ids=[4]))
+    grown = grow_all(make_engine(), flat, prompts(12), GrowthLimits(segment_length=20))
+    lonely = [g for g in grown if isinstance(g, Growth) and len(g.partials) == 1]
+    assert lonely, "the case did not arise"
+    new = next(p for p in prompts(12) if p.problem_id != lonely[0].problem_id)
+    engine = make_engine(max_running_requests=1)
+    first, _ = next(grow(engine, flat, [new, lonely[0]], GrowthLimits(), [3 * 5.0, 9.0]))
+    assert first == 1
+    first, _ = next(grow(engine, flat, [new, lonely[0]], GrowthLimits(), [3 * 5.0, 4.0]))
+    assert first == 0
+
+
 @pytest.mark.parametrize("field", ["segment_length", "stop_when_finished"])
 def test_a_negative_limit_is_refused(field):
     with pytest.raises(ValueError, match=f"growth limit {field}=-1: it must be >= 0"):

@@ -85,6 +85,8 @@ def test_responses_continue_over_updates_and_each_prompt_is_used_once(tmp_path, 
     assert crossing, "no response has tokens of two policies"
     assert max(row.get("training/staleness/max", 0) for row in rows) >= 2
     assert any(row["rollout/num_unfinished"] for row in rows)
+    errors = [row["rollout/length_error"] for row in rows if row["rollout/num_finished"]]
+    assert all(error >= 0 for error in errors) and len(errors) > 5
     assert max(ids.values()) <= -(-began // 24), "an epoch holds each of the 24 once"
 
 

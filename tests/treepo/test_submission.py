@@ -16,7 +16,7 @@ from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import EOS, TRUNCATED
 from treepo.pools import Unfinished
-from treepo.submission import drawn, expected_tokens, of_growth, of_tree
+from treepo.submission import drawn, expected_tokens, length_error, of_growth, of_tree
 
 FLAT = FlatSettings(n=3, max_response_length=100, stop_token_ids=[1])
 
@@ -120,3 +120,20 @@ def test_a_path_of_a_tree_counts_from_the_prompt():
     state, requests = strategy.advance(state, level)
     partials = tuple(Partial(request=r, **arrays(i)) for i, r in enumerate(requests))
     assert drawn(Growth(problem_id="p:0", state=state, partials=partials)) == [4, 5]
+
+
+def test_a_path_counts_by_the_mean_of_what_it_draws_in_the_step_not_by_its_mean_cut_there():
+    # Of a prompt 10 and 40 were seen, so a step of 16 draws 10 or 16 of each of three paths.
+    twice = LengthStatistics(observations=(*seen(p0=10).observations, *seen(p0=40).observations))
+    assert expected([entry(0)], twice, 16) == pytest.approx([3 * 13])
+
+
+def test_the_error_of_predictions_is_that_of_the_mean_lengths_of_trees_that_ended():
+    of_p = [replace(o, prompt_id="p") for o in seen(p0=10).observations]
+    statistics = LengthStatistics(observations=(*of_p, *seen(p1=40).observations))
+    known = build([-1, 0, 0], [2, 4, 9])  # 10 was expected of 6.5
+    other = replace(known, problem_id="q")  # the mean of all, 25
+    assert length_error([known], statistics, 100) == pytest.approx(3.5 / 6.5)
+    found = length_error([known, other, growth(1, [3, 3, 3])], statistics, 100)
+    assert found == pytest.approx((3.5 + 18.5) / 13)
+    assert length_error([growth(1, [3, 3, 3])], statistics, 100) is None
