@@ -449,6 +449,17 @@ class Engine:
         self._is_asleep = False
         return self._put_aside.restore()
 
+    def drop_cache(self) -> None:
+        """Forget all keys and values, those of trees that were put aside too: what follows rounds
+        as in an engine that was just started.
+
+        Raises:
+            ValueError: requests are unfinished or drafts are open.
+        """
+        self.paused.forget_all()
+        self.sleep()
+        self.wake()
+
     def metrics(self) -> CostLedger:
         """Costs since the start or the last ``reset_metrics``."""
         return self._meter.ledger(self.pool.bytes_per_slot)

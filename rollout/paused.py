@@ -65,6 +65,11 @@ class PausedTrees:
             for node in reversed(self._trees.pop(root_key).places.values()):
                 self._store.free(node, drop=True)
 
+    def forget_all(self) -> None:
+        """Give all trees up."""
+        for root_key in list(self._trees):
+            self.forget(root_key)
+
     def note_update(self) -> None:
         """New weights are about to come: trees that nobody goes on with are given up."""
         for root_key, paused in list(self._trees.items()):

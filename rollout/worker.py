@@ -166,9 +166,8 @@ class RolloutWorker:
         return [self._engine.score_path(path, temperature) for path in paths]
 
     def drop_cache(self) -> None:
-        """Forget all keys and values: what follows rounds as in an engine that was just started."""
-        self._engine.sleep()
-        self._engine.wake()
+        """See ``Engine.drop_cache``."""
+        self._engine.drop_cache()
 
     def policy_version(self) -> int:
         """Version of the weights the engine holds."""

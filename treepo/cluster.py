@@ -289,6 +289,11 @@ class Cluster:
             self._note_homes(rank, grown)
         return [found[i] for i in range(len(work))], ledger
 
+    def drop_cache(self) -> None:
+        """Forget all keys and values, so that what follows is as in workers just started."""
+        self.on_rollout("drop_cache")
+        self._homes.clear()
+
     def _note_homes(self, rank: int, grown: Sequence[Tree | Growth]) -> None:
         if self._keeps_kv:
             for tree in grown:

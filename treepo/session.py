@@ -256,7 +256,7 @@ class Session:
             self.run.checkpoints, self.state, write, self.config.trainer.keep_checkpoints
         )
         # A resumed run computes keys and values anew, which rounds otherwise than those cached.
-        self.cluster.on_rollout("drop_cache")
+        self.cluster.drop_cache()
         return folder
 
     def export(self) -> Path:

@@ -244,6 +244,7 @@ def test_what_was_given_up_is_computed_anew():
     for give_up in (
         lambda engine: engine.tree.evict(2048),
         lambda engine: (engine.sleep(), engine.wake()),
+        lambda engine: engine.drop_cache(),
     ):
         engine = make_engine(**KEEP)
         strategy = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=12))
@@ -255,6 +256,15 @@ def test_what_was_given_up_is_computed_anew():
                 ids, versions, recorded = of_leaf(tree, leaf)
                 fresh = path_logprobs(models()[1], ids)[-6:]
                 assert np.abs(fresh - recorded[6:]).max() < 2e-6
+
+
+def test_nothing_is_left_on_the_host_when_the_cache_is_dropped():
+    engine = make_engine(**HOST)
+    grow_all(engine, FLAT, prompts(), GrowthLimits(segment_length=6))
+    assert engine.gauges().kv_host_bytes
+    engine.drop_cache()
+    gauges = engine.gauges()
+    assert gauges.kv_host_bytes == gauges.num_paused == gauges.slots_held == 0
 
 
 @pytest.mark.parametrize("settings", [KEEP, HOST], ids=["pool", "host"])
