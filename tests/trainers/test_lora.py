@@ -229,6 +229,15 @@ def test_the_gradient_norm_is_that_of_the_adapters(model_path, zero_stage):
     assert moved == pytest.approx(expected, rel=1e-4)  # A has no gradient while B is 0
 
 
+def test_recomputed_layers_give_adapters_the_same_update(model_path):
+    changes = dict(policy_loss=KL, reference="lora_off")
+    plain = make_learner(model_path, **changes)
+    recomputing = make_learner(model_path, gradient_checkpointing=True, **changes)
+    rows = rows_of(drawn_trees(3))
+    assert plain.update([rows, rows]) == recomputing.update([rows, rows])
+    assert plain.digest() == recomputing.digest()
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_the_optimiser_holds_the_adapters_alone(model_path, zero_stage):
     learner = make_learner(model_path, zero_stage)
