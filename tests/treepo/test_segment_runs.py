@@ -14,7 +14,7 @@ from training_runs import documented_metrics, num_rows, run, start, wait_for
 from treepo.pools import POOLS_FILE, load_pools
 from treepo.tracking import read_rows
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # two runs a test
 
 SEGMENTS = [
     "trainer.segments.segment_length=6",
@@ -22,6 +22,7 @@ SEGMENTS = [
     "trainer.keep_checkpoints=9",
     "trainer.learner.optimizer.lr_warmup_steps=1",
     "data.size=24",
+    "rollout.temperature=2.0",  # responses of one prompt differ, also in length
     "evaluation.num_samples=1",
 ]
 FLAT = ["rollout=flat", "algorithm=grpo", "rollout.n=4", "rollout.max_response_length=64"]
@@ -93,21 +94,22 @@ def test_responses_continue_over_updates_and_each_prompt_is_used_once(tmp_path, 
 @pytest.mark.parametrize(
     "choices",
     [
-        FLAT,
         [
+            *FLAT,
             "trainer.segments.group_policy=finished_part",
+            "trainer.segments.min_finished=1",
             "trainer.segments.train_on=full_batch",
             "trainer.segments.max_staleness=3",
             "trainer.segments.submit=longest_first",
-            "cluster.num_rollout_workers=2",
         ],
+        ["cluster.num_rollout_workers=2"],
     ],
     ids=["flat", "treepo"],
 )
 def test_a_run_killed_while_trees_are_unfinished_goes_on_with_them_to_the_same_end(
     tmp_path, choices
 ):
-    words = settings(tmp_path, *choices, "trainer.total_steps=12")
+    words = settings(tmp_path, *choices, "trainer.total_steps=10")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = finish(whole, words)
     process = start(cut, *words)
@@ -128,8 +130,19 @@ def test_a_run_killed_while_trees_are_unfinished_goes_on_with_them_to_the_same_e
              "training/staleness/mean", "critic/score/mean")  # fmt: skip
     for name in names:
         assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
-    for step in range(1, 13):
-        assert step_trees(expected, step) == step_trees(killed, step), f"trees of step {step}"
+    trained: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+    for step in range(1, 11):
+        trees = step_trees(expected, step)
+        assert trees == step_trees(killed, step), f"trees of step {step}"
+        for tree in trees:
+            parts[tree["nodes"][0]["path_key"]] += 1
+            keys = [tree["nodes"][leaf["node"]]["path_key"] for leaf in tree["leaves"]]
+            weights = [leaf["weight"] for leaf in tree["leaves"]]
+            trained.update(key for key, weight in zip(keys, weights, strict=True) if weight)
+    assert max(trained.values()) == 1, "a response was trained on twice"
+    in_parts = any("finished_part" in word for word in choices)
+    assert (max(parts.values()) > 1) == in_parts, "the case did not arise"
 
 
 def responses(folder: Path, num_steps: int) -> dict[tuple[str, str], list]:
