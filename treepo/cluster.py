@@ -40,6 +40,33 @@ class WorkerLost(RunFailed):
     """A worker died or did not answer in time; the message names it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Call:
+    """A method that a worker runs now; ``Cluster.next_answers`` waits for it.
+
+    Attributes:
+        name: of the worker, for errors.
+        deadline: when it counts as lost, in ``time.monotonic`` seconds.
+    """
+
+    name: str
+    ref: Any
+    deadline: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Publication:
+    """The learner's weights on their way to the object store.
+
+    Attributes:
+        calls: each rank's (manifest, digests); rank 0's are those that hold.
+        arrays: where the object store has them.
+    """
+
+    calls: list[Call]
+    arrays: Any
+
+
 def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
     """Compare what the workers need with what there is.
 
@@ -388,7 +415,9 @@ class Cluster:
         for role, refs in (("rollout worker", of_rollout), ("learner rank", of_learners)):
             for rank in range(len(refs)):
                 try:
-                    answers[role].append(self._answer(role, refs, rank, 0.0))
+                    answers[role].append(
+                        self._answer(f"{role} {rank} of {len(refs)}", refs[rank], 0.0)
+                    )
                 except GetTimeoutError:
                     errors.append(self._no_answer(role, refs, timeout))
                 except (RunFailed, ValueError, OSError) as error:
@@ -424,13 +453,89 @@ class Cluster:
         refs = [getattr(worker, method).remote(*arguments) for worker in self.rollout]
         return self._get("rollout worker", refs, self.config.call_timeout_seconds)
 
+    # Calls that nobody waits for at once.
+
+    def begin_on_rollout(self, rank: int, method: str, *arguments: Any) -> Call:
+        """Have one rollout worker begin a method, after what it was asked before."""
+        ref = getattr(self.rollout[rank], method).remote(*arguments)
+        return self._call("rollout worker", rank, len(self.rollout), ref)
+
+    def begin_on_learners(self, method: str, *arguments: Any) -> list[Call]:
+        """Have every learner rank begin a method; calls by rank."""
+        return [
+            self._call("learner rank", rank, len(self.learners), ref)
+            for rank, ref in enumerate(
+                [getattr(learner, method).remote(*arguments) for learner in self.learners]
+            )
+        ]
+
+    def begin_update(
+        self, mini_batches: Sequence[Sequence[Sequence[PackedBatch]]], policy_version: int
+    ) -> list[Call]:
+        """As :meth:`update`; the learner ranks' calls by rank, then those of the references."""
+        rows: list[Any] = list(mini_batches)
+        of_reference: list[Any] = [None] * len(rows)
+        if self.references:
+            rows = [ray.put(batches) for batches in rows]  # sent to two processes
+            of_reference = [
+                self.references[rank % len(self.references)].logprobs.remote(batches)
+                for rank, batches in enumerate(rows)
+            ]
+        refs = [
+            learner.update.remote(batches, logprobs, policy_version)
+            for learner, batches, logprobs in zip(self.learners, rows, of_reference, strict=True)
+        ]
+        workers = len(self.references)
+        return [
+            *(self._call("learner rank", i, len(refs), ref) for i, ref in enumerate(refs)),
+            *(
+                self._call("reference worker", i % workers, workers, ref)
+                for i, ref in enumerate(of_reference)
+                if ref is not None
+            ),
+        ]
+
+    def begin_publication(self, dtype: str) -> Publication:
+        """Have the learner put its weights into the object store, for engines of ``dtype``."""
+        parts = [
+            learner.publication.options(num_returns=3).remote(dtype) for learner in self.learners
+        ]
+        calls = [
+            self._call("learner rank", rank, len(parts), ref)
+            for rank, (manifest, digests, _) in enumerate(parts)
+            for ref in (manifest, digests)
+        ]
+        return Publication(calls=calls, arrays=parts[0][2])
+
+    def next_answers(self, calls: Sequence[Call]) -> list[tuple[Call, Any]]:
+        """Wait until one of ``calls`` is answered; all that are.
+
+        Raises:
+            WorkerLost: a worker died, or did not answer in time.
+        """
+        by_ref = {call.ref: call for call in calls}
+        left = max(0.0, min(call.deadline for call in calls) - time.monotonic())
+        ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=left)
+        if not ready:
+            late = [call.name for call in calls if call.deadline <= time.monotonic()]
+            raise WorkerLost(
+                f"{', '.join(late)} did not answer within {self.config.call_timeout_seconds:.0f} s"
+            )
+        more, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
+        calls_ready = [by_ref[ref] for ref in dict.fromkeys([*ready, *more])]
+        return [(call, self._answer(call.name, call.ref, 0.0)) for call in calls_ready]
+
+    def _call(self, role: str, rank: int, count: int, ref: Any) -> Call:
+        deadline = time.monotonic() + self.config.call_timeout_seconds
+        return Call(name=f"{role} {rank} of {count}", ref=ref, deadline=deadline)
+
     def _get(self, role: str, refs: list[Any], timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
         answers = []
         for rank in range(len(refs)):
             try:
                 left = max(0.0, deadline - time.monotonic())
-                answers.append(self._answer(role, refs, rank, left))
+                answers.append(self._answer(f"{role} {rank} of {len(refs)}", refs[rank], left))
             except GetTimeoutError as error:
                 raise self._no_answer(role, refs, timeout) from error
         return answers
@@ -442,11 +547,11 @@ class Cluster:
             f"did not answer within {timeout:.0f} s"
         )
 
-    def _answer(self, role: str, refs: list[Any], rank: int, timeout: float) -> Any:
+    def _answer(self, name: str, ref: Any, timeout: float) -> Any:
         try:
-            return ray.get(refs[rank], timeout=timeout)
+            return ray.get(ref, timeout=timeout)
         except RayActorError as error:
-            raise WorkerLost(f"{role} {rank} of {len(refs)} died: {error}") from error
+            raise WorkerLost(f"{name} died: {error}") from error
         except RayTaskError as error:
             # The user's to mend, or a failure that says all: no traceback of another process.
             if isinstance(error.cause, ValueError | OSError | RunFailed):

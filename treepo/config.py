@@ -23,6 +23,7 @@ from treepo.algorithm_settings import (
 )
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
+from treepo.pipelines import check_pipeline
 from treepo.segment_settings import SegmentSettings
 from treepo.tracking_settings import TrackingSettings
 
@@ -55,6 +56,9 @@ class TrainerConfig:
     shuffle_rewards: bool = (
         False  # control experiment: permute the batch's rewards among its leaves
     )
+    # sync: sample, learn, publish in turn | async: all at once; needs the segments' settings of
+    # trainer=async, cluster.colocate=false and a correction for tokens of older weights
+    pipeline: str = "sync"
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
 
@@ -214,6 +218,7 @@ class TrainConfig:
         check_masks(self.algorithm, self.trainer.learner)
         check_forks(self.algorithm, name, strategy)
         check_segments(self, strategy)
+        check_pipeline(self)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:

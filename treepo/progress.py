@@ -28,6 +28,8 @@ SHOWN = (
     ("accuracy", "critic/accuracy", "{:.3f}"),
     ("response length", "response_length/mean", "{:.1f}"),
     ("tokens/s", "perf/throughput", "{:,.0f}"),
+    ("sampler idle", "pipeline/rollout_idle_frac", "{:.0%}"),
+    ("learner idle", "pipeline/learner_idle_frac", "{:.0%}"),
 )
 CURVE = "critic/accuracy"
 _BARS = "▁▂▃▄▅▆▇█"

@@ -166,7 +166,7 @@ def segmented_step(
     judged = [group.scored(algorithm.overlong) for group in (*filter(None, handed), *filtered)]
     return SegmentBatch(
         sampled=sampled,
-        settled=_gen_batch([*batch, *filtered]),
+        settled=gen_batch([*batch, *filtered]),
         kept=kept,
         counts=filter_groups(judged, algorithm.filter_groups_metric)[1],
         pools=Pools(
@@ -179,7 +179,7 @@ def segmented_step(
         after=position,
         num_new=len(begun),
         num_dropped=len({entry.problem.id for entry in dropped}),
-        spans=version_metrics(kept) | _num_segments(batch) | _length_error(grown, pools, rollout),
+        spans=version_metrics(kept) | num_segments(batch) | _length_error(grown, pools, rollout),
     )
 
 
@@ -248,7 +248,8 @@ def _judge(
     return found, sampled
 
 
-def _gen_batch(groups: Sequence[Group]) -> GenBatch:
+def gen_batch(groups: Sequence[Group]) -> GenBatch:
+    """Judged groups as a batch; it cost nothing now."""
     return GenBatch(
         problems=[group.problem for group in groups],
         trees=[group.tree for group in groups],
@@ -262,7 +263,8 @@ def _length_error(grown: Sequence[Tree | Growth], before: Pools, rollout: Any) -
     return {} if error is None else {"rollout/length_error": error}
 
 
-def _num_segments(batch: Sequence[Group]) -> dict[str, float]:
+def num_segments(batch: Sequence[Group]) -> dict[str, float]:
+    """Metrics of how many pieces the groups were grown in."""
     counts = [group.num_segments for group in batch]
     if not counts:
         return {}

@@ -19,6 +19,7 @@ from rollout.tree import Tree
 from trainers.batch import TokenTree
 from treepo.advantages import ScoredTree
 from treepo.alarms import alarm_of
+from treepo.asynchronous import AsyncRun
 from treepo.base.errors import RunFailed
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
@@ -56,6 +57,7 @@ class Session:
         golden: token sequences that prove every publication.
         state: where the run stands.
         pools: what waits between two steps of segmented rollout.
+        asynchronous: what runs on between two steps of the asynchronous pipeline.
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class Session:
     golden: Sequence[np.ndarray]
     state: RunState
     pools: Pools = field(default_factory=Pools)
+    asynchronous: AsyncRun | None = None
     timings: dict[str, float] = field(default_factory=dict)
     last_look: float = field(default_factory=time.monotonic)
 
@@ -87,6 +90,9 @@ class Session:
         Returns:
             The step's metrics.
         """
+        if self.config.trainer.pipeline == "async":
+            self.asynchronous = self.asynchronous or AsyncRun(self)
+            return self.asynchronous.step()
         began, self.timings = time.monotonic(), {}
         step = self.state.step + 1
         position = DataPosition.of(self.state.data_position)
@@ -213,6 +219,8 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
+        if self.asynchronous is not None:
+            self.asynchronous.drain()
         self.progress.stage("evaluating on held-out problems")
         with self.clock("testing"):
             result = evaluate(
@@ -255,8 +263,9 @@ class Session:
         folder = save_checkpoint(
             self.run.checkpoints, self.state, write, self.config.trainer.keep_checkpoints
         )
-        # A resumed run computes keys and values anew, which rounds otherwise than those cached.
-        self.cluster.drop_cache()
+        if self.asynchronous is None:
+            # A resumed run computes keys and values anew, which rounds otherwise than those cached.
+            self.cluster.drop_cache()
         return folder
 
     def export(self) -> Path:
@@ -278,6 +287,7 @@ class Session:
             "digest": self.state.digest,
             "model": str(self.run.export),
             "versions": package_versions(),
+            **({"pipeline": self.asynchronous.summary()} if self.asynchronous else {}),
         }
 
     @contextmanager
