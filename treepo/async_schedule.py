@@ -20,8 +20,8 @@ be done now. ``treepo/asynchronous.py`` has it done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rewards.records import RewardResult
 from rollout.growth import Growth
@@ -94,6 +94,8 @@ class Schedule:
         version: updates done: the version of the learner's weights.
         published: the newest version that workers can load.
         unfinished: trees that no worker grows now, oldest first.
+        homes: which worker grew an unfinished tree last, by problem: it may have kept its keys and
+            values.
         unjudged: finished trees without verdicts.
         experience: judged groups that no update took yet.
         training: the batch of the update that runs; None: none does.
@@ -108,6 +110,7 @@ class Schedule:
     version: int
     published: int
     unfinished: tuple[Unfinished, ...] = ()
+    homes: Mapping[str, int] = field(default_factory=dict)
     unjudged: tuple[tuple[Unfinished, Tree], ...] = ()
     experience: tuple[Group, ...] = ()
     training: tuple[Group, ...] | None = None
@@ -229,22 +232,27 @@ def load(state: Schedule) -> tuple[Schedule, list[int]]:
 def slices(
     state: Schedule, make_prompts: MakePrompts
 ) -> tuple[Schedule, list[tuple[int, tuple[Unfinished, ...]]]]:
-    """(worker, trees) of the slices that are to begin: unfinished trees first, the oldest first,
-    then as many new prompts as may be begun.
+    """(worker, trees) of the slices that are to begin. Free workers divide the unfinished trees
+    evenly, each its own first, then the oldest; then as many new prompts as may be begun.
     """
     begun = []
-    for rank, worker in enumerate(state.workers):
-        if not worker.is_free:
-            continue
-        share = -(-state.rules.num_in_flight // len(state.workers))
-        old, left = state.unfinished[:share], state.unfinished[share:]
+    free = [rank for rank, worker in enumerate(state.workers) if worker.is_free]
+    share = -(-state.rules.num_in_flight // len(state.workers))
+    for number, rank in enumerate(free):
+        worker = state.workers[rank]
+        quota = min(share, -(-len(state.unfinished) // (len(free) - number)))
+        own_first = sorted(
+            state.unfinished,
+            key=lambda entry: (state.homes.get(entry.problem.id, rank) != rank, _age(entry)),
+        )
+        old, left = own_first[:quota], sorted(own_first[quota:], key=_age)
         in_flight = len(state.unfinished) + len(state.growing)
         wanted = min(share - len(old), state.rules.num_in_flight - in_flight)
         new: list[Unfinished] = []
-        if number := num_admitted(state, worker.version, wanted):
-            state, new = _new_prompts(state, worker.version, number, make_prompts)
+        if admitted := num_admitted(state, worker.version, wanted):
+            state, new = _new_prompts(state, worker.version, admitted, make_prompts)
         if entries := (*old, *new):
-            state = replace(state, unfinished=left)
+            state = replace(state, unfinished=tuple(left))
             state = _with_worker(state, rank, replace(worker, growing=entries))
             begun.append((rank, entries))
     return state, begun
@@ -321,8 +329,11 @@ def slice_ended(state: Schedule, rank: int, results: Sequence[Tree | Growth]) ->
         if isinstance(result, Growth) and is_late(state, entry):
             seen += of_growth(result, cap)
     state = _with_worker(state, rank, replace(state.workers[rank], growing=()))
+    ended = {entry.problem.id for entry in entries}
+    homes = {name: home for name, home in state.homes.items() if name not in ended}
     return replace(
         state,
+        homes=homes | {entry.problem.id: rank for entry in unfinished},
         unfinished=tuple(sorted([*state.unfinished, *unfinished], key=_age)),
         unjudged=(*state.unjudged, *finished),
         position=state.order.give_back(state.position, [entry.problem for entry in late]),

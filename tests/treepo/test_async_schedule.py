@@ -369,6 +369,33 @@ def brute_force_many(deadlines, new: int, count: int, version: int, size: int) -
     return True
 
 
+def test_trees_go_on_where_they_were_and_move_to_a_worker_that_has_nothing():
+    lengths = {number: 9 for number in range(8)}
+    world = World(
+        rules(batch_size=4, num_in_flight=8, max_staleness=1),
+        num_problems=8,
+        num_workers=2,
+        length=lambda problem, step: lengths[problem],
+    )
+
+    def growing(rank: int) -> set[int]:
+        return {_number(entry) for entry in world.state.workers[rank].growing}
+
+    def end_slice(rank: int) -> None:
+        world.end(world.running.index(("slice", rank)))
+
+    first, second = growing(0), growing(1)
+    assert len(first) == len(second) == 4 and not first & second
+    for rank, expected in ((0, first), (1, second), (1, second)):
+        end_slice(rank)
+        assert growing(rank) == expected
+    lengths |= dict.fromkeys(second, 1)  # these end now, and no more may be begun under version 0
+    end_slice(1)
+    assert not growing(1) and ("update", 0) in world.running
+    end_slice(0)
+    assert len(growing(0)) == len(growing(1)) == 2 and growing(0) | growing(1) == first
+
+
 @pytest.mark.parametrize(("version", "cap", "size"), [(0, 2, 4), (3, 1, 2), (5, 4, 3)])
 def test_with_one_version_everywhere_as_many_prompts_are_begun_as_areal_s_rule_allows(
     version, cap, size
