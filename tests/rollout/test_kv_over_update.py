@@ -357,9 +357,9 @@ def test_a_wrong_combination_says_which_one_is_right(settings, message):
         EngineSettings(**settings)
 
 
-def live(seed: int, **settings) -> tuple[int, int]:
+def live(seed: int, **settings) -> tuple[int, float]:
     """Trees grown in random pieces while weights come, slots are short and the engine sleeps; (most
-    bytes that waited on the host, requests put back).
+    bytes that waited on the host, forwarded tokens a drawn one).
     """
     rng = np.random.default_rng(seed)
     engine = make_engine(num_kv_slots=int(rng.choice([130, 200, 400])), **settings)
@@ -401,17 +401,19 @@ def live(seed: int, **settings) -> tuple[int, int]:
         version += 1
         load(engine, version)
     assert engine.pool.num_held == 0 and engine.gauges().kv_host_bytes == 0
-    return most, engine.metrics().preempted
+    costs = engine.metrics()
+    return most, costs.query_tokens / costs.generated_tokens
 
 
 @pytest.mark.parametrize("settings", [KEEP, HOST], ids=["pool", "host"])
 def test_whatever_comes_between_calls_no_slot_is_lost(settings):
     lives = [live(seed, **settings) for seed in range(2)]
     assert any(most for most, _ in lives) == ("kv_on_host" in settings)
+    assert any(queries > 1.3 for _, queries in lives), "nothing was ever given up"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("settings", [KEEP, HOST], ids=["pool", "host"])
 def test_the_same_for_long(settings):
-    lives = [live(seed, **settings) for seed in range(100, 120)]
-    assert sum(preempted for _, preempted in lives) > 0
+    for seed in range(100, 120):
+        live(seed, **settings)
