@@ -294,9 +294,11 @@ def test_problems_that_are_always_solved_are_dropped_by_a_column():
 
 def test_samples_of_another_file_are_refused_where_they_stand(tmp_path):
     items = [problem("What is 2 + 3?")]
-    file = write(tmp_path / "other.jsonl", sample(9, True))
-    with pytest.raises(ValueError, match=r"no row is of a problem.*'rows\.jsonl:0'"):
+    file = write(tmp_path / "other.jsonl", {"problem_id": "test.jsonl:0", "correct": True})
+    with pytest.raises(ValueError, match=r"no row is of a file.*'rows\.jsonl:0'"):
         kept("mastered", items, RuleSettings(mastered=Mastered(samples=[file])))
+    of_dropped = write(tmp_path / "dropped.jsonl", sample(9, True))  # by an earlier rule
+    assert kept("mastered", items, RuleSettings(mastered=Mastered(samples=[of_dropped]))) == [0]
     asked = "<user>What is {}?<assistant>"
     rows = [sample(0, True, prompt=asked.format(sum_)) for sum_ in ("2 + 3", "4 + 4")]
     file = write(tmp_path / "samples.jsonl", *rows)

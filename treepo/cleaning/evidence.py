@@ -107,15 +107,17 @@ def _check_prompts(items: Sequence[CleanItem], files: Sequence[str], key: str) -
     must stand in it.
 
     Raises:
-        ValueError: one doesn't, or no problem has samples at all.
+        ValueError: one doesn't, or none is of the data's files.
     """
     questions = {item.id: normalised(item.original_question) for item in items}
+    files_of_items = {_file_of(item.id) for item in items}
     found = False
     for where, row in _rows(files, key, ("problem_id",)):
-        question = questions.get(str(row["problem_id"]))
-        if question is None:
+        problem_id = str(row["problem_id"])
+        found |= _file_of(problem_id) in files_of_items
+        question = questions.get(problem_id)
+        if question is None:  # an earlier rule dropped it, or it is of another file
             continue
-        found = True
         if "prompt" in row and question not in normalised(str(row["prompt"])):
             raise ValueError(
                 f"{where}: the prompt of problem {row['problem_id']!r} does not hold the question "
@@ -124,9 +126,13 @@ def _check_prompts(items: Sequence[CleanItem], files: Sequence[str], key: str) -
             )
     if items and not found:
         raise ValueError(
-            f"settings.{key}: no row is of a problem of the data; problems are named like "
+            f"settings.{key}: no row is of a file of the data; problems are named like "
             f"{items[0].id!r}, as an evaluation of the same files names them"
         )
+
+
+def _file_of(problem_id: str) -> str:
+    return problem_id.rpartition(":")[0]
 
 
 def _rate_in_column(item: CleanItem, column: str) -> float | None:
