@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from rewards.reasoning_gym import make_dataset
 from trainers.batch import TokenTree
@@ -25,7 +26,9 @@ from trainers.learner import Learner
 from trainers.packing import pack, path_tree
 from trainers.settings import LearnerSettings
 from treepo.base.keys import root_key
+from treepo.config import resolve_model_path
 from treepo.demonstrations import demonstrate, number_terms
+from treepo.hub import local_model
 from treepo.progress import clock_time
 from treepo.sft_settings import DemonstrationSettings, SFTSettings
 from treepo.tiny_model import PHRASES, build_model, build_tokenizer, numbered_phrases
@@ -45,9 +48,9 @@ class SFTResult:
 
 
 def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
-    """Train a fresh tiny model on demonstrations and write it, with its tokenizer, to
-    ``settings.output``. The learner's process group stays open: DeepSpeed can't be set up twice
-    with different ones in a process.
+    """Train a model on demonstrations and write it, with its tokenizer, to ``settings.output``. The
+    learner's process group stays open: DeepSpeed can't be set up twice with different ones in a
+    process.
 
     Raises:
         ValueError: ``settings.output`` already holds something, or settings of the data that its
@@ -59,13 +62,11 @@ def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
             f"output={settings.output!r}: the folder is not empty; name another, or remove it"
         )
     began = time.monotonic()
-    tokenizer = build_tokenizer(phrases(settings.data))
-    model = build_model(tokenizer, seed=root_key(settings.seed, "weights"), **vars(settings.model))
     pairs = demonstrations(settings.data, settings.seed, settings.steps * settings.batch_size)
     with tempfile.TemporaryDirectory(prefix="treepo-sft-") as initial:
-        model.save_pretrained(initial)
-        tokenizer.save_pretrained(initial)
-        learner = Learner(initial, _with_total_steps(settings.learner, settings.steps))
+        folder = _initial_model(settings, initial)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        learner = Learner(folder, _with_total_steps(settings.learner, settings.steps))
         losses: deque[float] = deque(maxlen=RECENT)
         for step in range(1, settings.steps + 1):
             batch = [
@@ -114,6 +115,17 @@ def demonstrations(
             numbered=settings.numbered,
         )
         yield number_terms(question) if settings.numbered else question, answer
+
+
+def _initial_model(settings: SFTSettings, scratch: str) -> str:
+    """Folder of the model to train; a fresh one is written to ``scratch``."""
+    if settings.start_from:
+        return local_model(resolve_model_path(settings.start_from))
+    tokenizer = build_tokenizer(phrases(settings.data))
+    model = build_model(tokenizer, seed=root_key(settings.seed, "weights"), **vars(settings.model))
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return scratch
 
 
 def phrases(settings: DemonstrationSettings) -> Sequence[str]:

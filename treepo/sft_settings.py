@@ -79,6 +79,8 @@ class SFTSettings:
     """Everything the supervised command is told."""
 
     output: str = "outputs/sft"  # folder of the finished model; must not hold one yet
+    # a model to go on from, with its tokenizer: folder, Hub name, or asset:NAME; empty: a fresh one
+    start_from: str = ""
     seed: int = 0  # of the initial weights, the problems and the slips
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # demonstrations a step
@@ -88,6 +90,11 @@ class SFTSettings:
 
     def __post_init__(self) -> None:
         _require("output", self.output, bool(self.output), "a folder")
+        if self.start_from and self.model != TinyModelSettings():
+            raise ValueError(
+                f"model={self.model} is not used with start_from={self.start_from!r}, a model that "
+                "has its shape: leave model.* out, or start_from for a fresh one"
+            )
         _require("seed", self.seed, self.seed >= 0, ">= 0")
         _require("steps", self.steps, self.steps >= 1, ">= 1")
         _require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")

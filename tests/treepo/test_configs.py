@@ -18,7 +18,7 @@ from treepo.sizes import derived_sizes
 
 CONFIGS = config_dir()
 EXPERIMENTS = {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")}
-OF_SFT = {"make_tiny_model", "make_long_model"}
+OF_SFT = {"make_tiny_model", "make_long_model", "make_long_model_2"}
 GROUPS = ("model", "data", "rollout", "algorithm", "trainer", "reward", "cluster", "tracking")
 CHOICES = [f"{group}={p.stem}" for group in GROUPS for p in (CONFIGS / group).glob("*.yaml")]
 NEEDED = {
