@@ -121,8 +121,11 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
     )  # fmt: skip
     process = start(tmp_path, *words)
     wait_for(lambda: (tmp_path / "latest").exists() and num_rows(tmp_path) > 7, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    asked = "cluster.num_learner_ranks=2" in choices
+    os.kill(process.pid, signal.SIGTERM if asked else signal.SIGKILL)
+    _, errors = process.communicate()
+    if asked:
+        assert process.returncode == 130 and "goes on from the last checkpoint" in errors, errors
     killed = (tmp_path / "latest").resolve()
     pools = load_pools((newest_checkpoint(killed) / POOLS_FILE).read_bytes())
     assert any(isinstance(e.work, Growth) for e in pools.unfinished), "the case did not arise"
