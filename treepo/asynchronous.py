@@ -28,6 +28,7 @@ from treepo.data_order import DataPosition
 from treepo.dynamic_sampling import GenBatch
 from treepo.idle_time import IdleTime
 from treepo.lesson import Lesson
+from treepo.pipelines import num_in_flight
 from treepo.pools import Group, Unfinished
 from treepo.segmented import SegmentBatch, gen_batch, num_segments
 from treepo.step import make_prompts
@@ -75,9 +76,7 @@ class AsyncRun:
                 batch_size=size,
                 max_staleness=segments.max_staleness,
                 on_stale=segments.on_stale,
-                num_in_flight=min(
-                    segments.prompts_in_flight or 2 * size, (segments.max_staleness + 1) * size
-                ),
+                num_in_flight=num_in_flight(trainer),
                 total_steps=trainer.total_steps,
                 max_response_length=self._rollout.max_response_length,
             ),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from trainers.settings import loss_traits
 
 if TYPE_CHECKING:
-    from treepo.config import TrainConfig
+    from treepo.config import TrainConfig, TrainerConfig
 
 PIPELINES = ("sync", "async")
 
@@ -31,6 +31,14 @@ def check_pipeline(config: TrainConfig) -> None:
         _check_segments(config)
         _check_processes(config)
         _check_correction(config)
+
+
+def num_in_flight(trainer: TrainerConfig) -> int:
+    """Most trees that grow at a time under 'async': ``prompts_in_flight``, two batches by default,
+    and never more than the cap on staleness lets begin.
+    """
+    size, segments = trainer.train_batch_size, trainer.segments
+    return min(segments.prompts_in_flight or 2 * size, (segments.max_staleness + 1) * size)
 
 
 def _check_segments(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainers.lora_settings import ALL_LINEAR, LoraSettings
 from treepo.config import TrainConfig, resolve_model_path, strategy_settings, updates_per_step
+from treepo.pipelines import num_in_flight
 
 
 def derived_sizes(config: TrainConfig) -> dict[str, str]:
@@ -45,6 +46,15 @@ def _segments(config: TrainConfig, max_response_length: int) -> dict[str, str]:
     if not segments.is_on:
         return {}
     number = segments.num_segments(max_response_length)
+    if config.trainer.pipeline == "async":
+        begun = (segments.max_staleness + 1) * config.trainer.train_batch_size
+        return {
+            "segments": f"up to {number} of {segments.segment_length} tokens a response: between "
+            "two a worker loads the newest weights",
+            "sampling and learning": f"at once: {num_in_flight(config.trainer)} trees grow, at "
+            f"most {begun} prompts are begun and not yet in an update, no token is more than "
+            f"{segments.max_staleness} updates old",
+        }
     cap = f", at most {segments.max_staleness} (cap)" if segments.max_staleness else ""
     return {
         "segments": f"up to {number} of {segments.segment_length} tokens a response: its oldest "

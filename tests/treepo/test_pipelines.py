@@ -7,6 +7,7 @@ import pytest
 from treepo.cli import compose
 from treepo.cluster import check_resources
 from treepo.config import TrainConfig
+from treepo.sizes import derived_sizes
 
 QUICKSTART = "+experiment=quickstart_async"
 
@@ -77,3 +78,12 @@ def test_processes_for_both_sides_are_asked_for_at_once():
     check_resources(config.cluster, {"CPU": 4.0, "GPU": 0.0})
     with pytest.raises(ValueError, match="3 x 1 and .*at the same time, need 4.*1 missing"):
         check_resources(config.cluster, {"CPU": 3.0, "GPU": 0.0})
+
+
+@pytest.mark.parametrize(("chosen", "grow"), [(0, 48), (30, 30), (500, 72)])
+def test_a_dry_run_says_how_much_is_under_way(chosen, grow):
+    """24 prompts a batch and a cap of 2: 72 begun at most, 48 grow by default."""
+    words = [f"trainer.segments.prompts_in_flight={chosen}", "trainer.segments.max_staleness=2"]
+    config = compose("train", TrainConfig, [QUICKSTART, *words])
+    text = derived_sizes(config)["sampling and learning"]
+    assert f"{grow} trees grow, at most 72 prompts" in text and "more than 2 updates" in text
