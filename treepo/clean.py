@@ -106,10 +106,16 @@ def print_counts(counts: dict[str, Any]) -> None:
         numbers = [str(found[key]) for key in ("looked_at", "changed", "dropped")]
         table.add_row(name, *numbers, reasons)
     console.print(table)
-    words = ("read", "kept", "changed", "dropped", "not_chosen", "without_single_answer")
-    console.print(
-        ", ".join(f"{counts[word]} {word.replace('_', ' ')}" for word in words), highlight=False
-    )
+    words = {
+        "read": "read",
+        "kept": "left as they were",
+        "changed": "changed",
+        "dropped": "dropped",
+        "not_chosen": "not chosen",
+        "without_single_answer": "without a single answer",
+    }
+    line = ", ".join(f"{counts[name]} {text}" for name, text in words.items())
+    console.print(line, highlight=False)
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ class SegmentSettings:
     """Segmented rollout with a pool of unfinished trees and one of experience."""
 
     # tokens that a path grows by in one step, under one set of weights; then it is put aside and
-    # goes on in the next. 0: whole responses at once. UloRL: 16,384 of 131,072, so 8 segments
+    # goes on in the next. 0: whole responses at once. UloRL: 16,384 of 131,072, so 8 segments. Not
+    # rollout.segment_length, at whose multiples TreePO's trees fork
     segment_length: int = 0
     # which trees a step serves first: 'in_order', the oldest; or 'longest_first', by what the run
     # has seen of lengths, so that few are left at the end of a step

@@ -18,9 +18,11 @@ def derived_sizes(config: TrainConfig) -> dict[str, str]:
     trainer = config.trainer
     leaves = trainer.train_batch_size * strategy.n
     updates = updates_per_step(config)
+    takes_what_ended = trainer.segments.is_on and trainer.segments.train_on == "all"
     sizes = {
         "responses a step": f"{leaves} = {trainer.train_batch_size} prompts x {strategy.n}",
-        "updates a step": f"{updates} of {trainer.ppo_mini_batch_size} prompts each",
+        "updates a step": f"{updates} of {trainer.ppo_mini_batch_size} prompts each"
+        + (", more or fewer as they end" if takes_what_ended else ""),
         "updates in all": str(updates * trainer.total_steps),
         "prompts in all": str(trainer.train_batch_size * trainer.total_steps),
         **_dynamic_sampling(config),

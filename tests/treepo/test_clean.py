@@ -134,7 +134,9 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", rows(verl))
     run(tmp_path, f"data.files=[{file}]", dry_run=True)
     assert not (tmp_path / "out").exists()
-    assert "5 read, 1 kept, 2 changed, 2 dropped" in capsys.readouterr().out.replace("\n", " ")
+    assert "5 read, 1 left as they were, 2 changed, 2 dropped" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 def test_samples_of_an_evaluation_and_a_rule_of_one_s_own_are_used(tmp_path):

@@ -66,5 +66,6 @@ def test_the_sizes_say_how_many_segments_there_are_and_how_old_tokens_get():
     assert config.trainer.segments.num_segments(64) == 7
     assert derived_sizes(config)["segments"].startswith("up to 7 of 10 tokens")
     assert "oldest token is up to 6 updates old" in derived_sizes(config)["segments"]
+    assert derived_sizes(config)["updates a step"].endswith("more or fewer as they end")
     whole = compose("train", TrainConfig, ["+experiment=quickstart"])
     assert "segments" not in derived_sizes(whole)
