@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from treepo.cli import compose
 from treepo.config import TrainConfig, resolve_model_path, strategy_settings
@@ -20,6 +21,7 @@ from treepo.tiny_model import PHRASES, build_tokenizer, numbered_phrases
 
 RECIPE = compose("sft", SFTSettings, ["+experiment=make_long_model"])
 TOKENIZER = build_tokenizer(numbered_phrases(200, range(1, 10)))
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "State the final answer to the following arithmetic problem: {} ="
 
 
@@ -60,6 +62,19 @@ def test_the_variant_in_segments_has_four_of_the_longest_response() -> None:
     config = compose("train", TrainConfig, ["+experiment=long_sums_segments"])
     _, strategy = strategy_settings(config)
     assert config.trainer.segments.num_segments(strategy.max_response_length) == 4
+
+
+def test_every_variant_of_the_study_can_be_trained() -> None:
+    study = yaml.safe_load((ROOT / "scripts" / "studies" / "ulorl.yaml").read_text())
+    configs = {
+        name: compose("train", TrainConfig, [*study["overrides"], *(overrides or [])])
+        for name, overrides in study["variants"].items()
+    }
+    _, strategy = strategy_settings(configs["segments_1"])
+    for count in (1, 2, 4, 8):
+        segments = configs[f"segments_{count}"].trainer.segments
+        assert segments.num_segments(strategy.max_response_length) == count
+    assert configs["sais"].trainer.learner.old_logprobs == "sampled"
 
 
 def test_demonstrations_ask_and_answer_with_numbers() -> None:
