@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from trainers.checks_of_settings import unused
 from treepo.base.typed import check_types
 
 ALL_LINEAR = "all-linear"
@@ -48,6 +49,8 @@ class LoraSettings:
             ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
             f"[{ALL_LINEAR}] alone, or names of layers alone",
         )
+        if not self.is_on:
+            self._refuse_unused()
 
     @property
     def is_on(self) -> bool:
@@ -57,6 +60,13 @@ class LoraSettings:
     def scale(self) -> float:
         """What B A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def _refuse_unused(self) -> None:
+        for field_ in fields(self):
+            name, value = field_.name, getattr(self, field_.name)
+            if value not in (field_.default, [ALL_LINEAR]):
+                mend = "set lora.rank (such as 32), or leave it out"
+                raise unused(f"lora.{name}", value, "lora.rank=0", mend)
 
 
 def _check(name: str, value: object, ok: bool, allowed: str) -> None:

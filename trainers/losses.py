@@ -93,7 +93,7 @@ def trained_tokens(
     them; the old log-probs are those of sampling unless given.
 
     ``index`` may lack tokens of weight > 0 that are masked: a leaf's ``leaf_num_tokens`` is then
-    to be counted anew, see :func:`trainers.off_policy.recent_part`.
+    to be counted anew, see :func:`trainers.off_policy.trained_index`.
     """
     return TrainedTokens(
         logprobs=logprobs,

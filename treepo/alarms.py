@@ -66,7 +66,7 @@ def alarm_of(metrics: Mapping[str, float], alarms: AlarmSettings, step: int) -> 
                 f"step {step}: {alarm.metric}={value:.4g} is {side} "
                 f"trainer.learner.off_policy.alarms.{name}={threshold:g}: {alarm.meaning}. The "
                 "update is not published, and the last checkpoint stands. To mend it: "
-                f"{alarm.mend}. To go on as it is: resume the run with another threshold (0: no "
-                "alarm)"
+                f"{alarm.mend}. To go on as it is: resume the run (resume_mode=its folder) with "
+                "another threshold (0: no alarm)"
             )
     return ""

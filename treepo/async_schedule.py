@@ -371,6 +371,14 @@ def update_ended(state: Schedule, *, is_skipped: bool) -> Schedule:
     )
 
 
+def step_skipped(state: Schedule) -> Schedule:
+    """The step ends without an update: too many prompts in a row had no signal. All that waits goes
+    on in the next.
+    """
+    assert state.training is None
+    return replace(state, step=state.step + 1)
+
+
 def weights_published(state: Schedule, version: int) -> Schedule:
     return replace(state, published=version)
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from treepo.session import Session
 
 
+# Batches of prompts without a signal after which a step is skipped (DAPO samples as many at most).
+_MOST_FILTERED = 10
+
+
 @dataclass(kw_only=True, eq=False)
 class _Task:
     """Calls that are done when all are answered, and what is done then with the answers."""
@@ -116,6 +120,9 @@ class AsyncRun:
         self._workers_idle.start()
         self._learner_idle.start()
         while self.now.step == before.step:
+            if self._has_no_signal:
+                self._skip_step()
+                break
             self._begin_loads()
             self._begin_slices()
             self._begin_update()
@@ -125,6 +132,18 @@ class AsyncRun:
         metrics["pipeline/rollout_idle_frac"] = self._workers_idle.share()
         metrics["pipeline/learner_idle_frac"] = self._learner_idle.share()
         return metrics | session.time_metrics(metrics, time.monotonic() - began)
+
+    @property
+    def _has_no_signal(self) -> bool:
+        """Whether a step has found so many prompts without a signal that it gives up. Otherwise a
+        run whose responses all score the same would go through its data for ever.
+        """
+        most = _MOST_FILTERED * self.session.config.trainer.train_batch_size
+        return self.now.training is None and len(self._seen.filtered) >= most
+
+    def _skip_step(self) -> None:
+        self._batch, self._lesson = (), self.session.prepare(self.now.step + 1, [])
+        self.now = schedule.step_skipped(self.now)
 
     def _end_step(self, before: schedule.Schedule) -> dict[str, float]:
         session, seen, now, lesson = self.session, self._seen, self.now, self._lesson
@@ -283,6 +302,7 @@ class AsyncRun:
         seen.sampled += GenBatch(
             problems=problems, trees=trees, verdicts=verdicts, ledger=CostLedger()
         )
+        session.check_verdicts(seen.sampled)  # now: without verdicts no step would ever end
         self.now, groups, filtered = schedule.judged(self.now, verdicts, session.config.algorithm)
         seen.judged += groups
         seen.filtered += filtered

@@ -68,7 +68,7 @@ def is_chosen(data_source: str, patterns: list[str]) -> bool:
 def _write(output: Path, config, rows, items, after, counts, events) -> None:
     """Files of rows named as those that were read, ``changes.jsonl``, ``report.json``."""
     from treepo.atomic import write_json, write_json_lines
-    from treepo.cleaning.rows import with_source, write_rows
+    from treepo.cleaning.rows import CHANGES, REPORT, with_source, write_rows
     from treepo.data_rows import parse_row
 
     files: dict[str, list[dict[str, Any]]] = {row.output: [] for row in rows}
@@ -90,8 +90,8 @@ def _write(output: Path, config, rows, items, after, counts, events) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, kept in files.items():
         write_rows(output / name, kept, origin[name])
-    write_json_lines(output / "changes.jsonl", [event.as_dict() for event in events])
-    write_json(output / "report.json", {**counts, "files": {n: len(k) for n, k in files.items()}})
+    write_json_lines(output / CHANGES, [event.as_dict() for event in events])
+    write_json(output / REPORT, {**counts, "files": {n: len(k) for n, k in files.items()}})
 
 
 def print_counts(counts: dict[str, Any]) -> None:

@@ -142,6 +142,12 @@ class ClusterConfig:
             "cpus_per_reference_worker",
         ):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
+        for name in (
+            "gpus_per_rollout_worker",
+            "gpus_per_learner_rank",
+            "gpus_per_reference_worker",
+        ):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
         require(
             "cluster.weight_transport", self.weight_transport,
             self.weight_transport in WEIGHT_TRANSPORTS, " or ".join(WEIGHT_TRANSPORTS),
@@ -210,6 +216,12 @@ class TrainConfig:
                 "engine.kv_over_update=keep leaves keys and values in the pool, whose memory is "
                 "given up for every update (cluster.sleep): set engine.kv_on_host=true, or "
                 "cluster.sleep=false"
+            )
+        if self.engine.keeps_kv and not self.trainer.segments.is_on:
+            raise ValueError(
+                "engine.kv_over_update=keep is for trees that go on after an update, and with "
+                "trainer.segments.segment_length=0 none does: set "
+                "trainer.segments.segment_length, or leave kv_over_update out"
             )
         name, strategy = strategy_settings(self)
         self._check_lengths(strategy)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,23 +292,35 @@ def _take(rows: Iterator[Row], most: int) -> list[Row]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """(file and line, value) of each line that is not blank."""
-    with path.open(encoding="utf-8") as lines:
+    with _utf8(path), path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}:{number}", _json(line, f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    with _utf8(path):
+        text = path.read_text(encoding="utf-8")
+    rows = _json(text, str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{path}, row {index}", row
 
 
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error.reason}); convert it") from error
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{where}: lists or objects are nested too deeply to be a row") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"

@@ -125,6 +125,7 @@ def open_session(
     """
     order = ProblemOrder(inputs.problems, seed=config.seed)
     state = read_state(checkpoint) if checkpoint else initial_state(config, order)
+    pools = read_pools(config, checkpoint)
     progress.stage("starting the workers")
     with (
         RewardPool(config.reward, wait=False) as rewards,
@@ -158,7 +159,7 @@ def open_session(
             splits=inputs.splits,
             golden=golden_sequences(inputs.problems),
             state=state,
-            pools=read_pools(config, checkpoint),
+            pools=pools,
         )
 
 
@@ -166,11 +167,18 @@ def read_pools(config: TrainConfig, checkpoint: Path | None) -> Pools:
     """What waits between two steps, as it was saved; at the beginning and without segments nothing.
 
     Raises:
-        ValueError: another version wrote it.
+        ValueError: another version wrote it, or it is damaged; says which file, and what to do.
     """
     if checkpoint is None or not config.trainer.segments.is_on:
         return Pools()
-    return load_pools((checkpoint / POOLS_FILE).read_bytes())
+    file = checkpoint / POOLS_FILE
+    try:
+        return load_pools(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Move {checkpoint} away to go on from the checkpoint "
+            "before it, or begin a new run with resume_mode=disable"
+        ) from error
 
 
 def initial_state(config: TrainConfig, order: ProblemOrder) -> RunState:

@@ -12,6 +12,7 @@ under policy version o, so under version v it is v - o. It is what ``max_stalene
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,8 @@ from treepo.overlong import overlong_in_loss
 from treepo.segment_settings import SegmentSettings
 
 POOLS_FILE = "pools.pkl"  # in a checkpoint's folder
-_FORMAT = 1  # of what ``dump_pools`` writes
+_MARK = b"treepo pools"  # what ``dump_pools`` writes begins with: mark, format, digest
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -262,20 +264,34 @@ def add_group(experience: Sequence[Group], group: Group) -> tuple[Group, ...]:
 
 
 def dump_pools(pools: Pools) -> bytes:
-    """For a checkpoint."""
-    return pickle.dumps((_FORMAT, pools), protocol=5)
+    """For a checkpoint: a line with format and SHA-256, and the pools."""
+    data = pickle.dumps(pools, protocol=5)
+    return b"%s %d %s\n" % (_MARK, _FORMAT, _digest(data)) + data
 
 
 def load_pools(data: bytes) -> Pools:
-    """What :func:`dump_pools` wrote. It is unpickled: for a run's own files alone.
+    """What :func:`dump_pools` wrote. Its digest keeps out what was damaged, not what was forged: it
+    is unpickled, so for a run's own files alone.
 
     Raises:
-        ValueError: it was written by another version.
+        ValueError: another version wrote it, or nothing did that writes pools, or it is damaged.
     """
-    found, pools = pickle.loads(data)
-    if found != _FORMAT:
+    head, _, rest = data.partition(b"\n")
+    mark, _, told = head.rpartition(b" ")
+    if not mark.startswith(_MARK):
+        raise ValueError("this is no file of pools")
+    found = mark.removeprefix(_MARK).strip()
+    if found != b"%d" % _FORMAT:
         raise ValueError(
-            f"the checkpoint's pools have format {found}, and this version reads {_FORMAT}: go on "
-            "with the version that wrote it, or begin a new run with resume_mode=disable"
+            f"the pools have format {found.decode(errors='replace')}, and this version reads "
+            f"{_FORMAT}: go on with the version that wrote them"
         )
+    if told != _digest(rest):
+        raise ValueError("the pools are damaged: they have another digest than was saved")
+    pools = pickle.loads(rest)
+    assert isinstance(pools, Pools)
     return pools
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()

@@ -113,16 +113,23 @@ class Session:
             RunFailed: hardly a response has a verdict.
         """
         sampled = batch.sampled
-        # Not of few prompts: their verifier may fail where others don't.
-        if 2 * len(sampled.trees) >= self.config.trainer.train_batch_size:
-            require_a_verdict(
-                [(v.has_verdict, v.detail) for of_tree in sampled.verdicts for v in of_tree]
-            )
+        self.check_verdicts(sampled)
         metrics = rollout_metrics(sampled.trees, sampled.ledger)
         if sampled.trees:
             metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
         metrics["training/epoch"] = float(batch.after.epoch)
         return metrics | batch.metrics()
+
+    def check_verdicts(self, sampled: GenBatch) -> None:
+        """
+        Raises:
+            RunFailed: not a response has a verdict. Not of few prompts: their verifier may fail
+                where others don't.
+        """
+        if 2 * len(sampled.trees) >= self.config.trainer.train_batch_size:
+            require_a_verdict(
+                [(v.has_verdict, v.detail) for of_tree in sampled.verdicts for v in of_tree]
+            )
 
     def time_metrics(self, metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
         """

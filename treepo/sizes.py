@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def _memory(config: TrainConfig) -> dict[str, str]:
     model = json.loads((folder / "config.json").read_text())
     learner = config.trainer.learner
     weights = parameters * {"float32": 4, "bfloat16": 2}[learner.dtype]
+    if learner.lora.is_on:
+        _check_adapted_layers(files, learner.lora)
     adapted = sum(_adapter_parameters(file, learner.lora) for file in files)
     size, what = parameters * 16, "weights, gradients, two Adam moments in fp32"
     if learner.lora.is_on:
@@ -121,6 +124,25 @@ def _adapter_parameters(file: Path, lora: LoraSettings) -> int:
         and len(shape) == 2
         and (names == [ALL_LINEAR] or name.split(".")[-2] in names)
     )
+
+
+def _check_adapted_layers(files: Sequence[Path], lora: LoraSettings) -> None:
+    """
+    Raises:
+        ValueError: ``target_modules`` names no layer of files of Llama's names. Of others the
+            learner says it, when it has the model.
+    """
+    shapes = [item for file in files for item in _shapes(file).items()]
+    known = {name.split(".")[-2] for name, s in shapes if len(s) == 2 and name.endswith(".weight")}
+    if lora.target_modules == [ALL_LINEAR] or not any(name.endswith("_proj") for name in known):
+        return
+    for target in lora.target_modules:
+        if target.rpartition(".")[2] not in known:
+            linear = ", ".join(sorted(name for name in known if name.endswith("_proj")))
+            raise ValueError(
+                f"trainer.learner.lora.target_modules: {target!r} is no linear layer of the model; "
+                f"its linear layers are {linear}"
+            )
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

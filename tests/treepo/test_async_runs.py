@@ -94,6 +94,24 @@ def test_two_steps_sample_and_learn_at_once_and_say_how_it_went(tmp_path):
 
 
 @pytest.mark.long
+def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
+    """A broken verifier ends the run with its error; equal scores skip the step."""
+    file = tmp_path / "broken.py"
+    file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
+    small = ["trainer.total_steps=2", "trainer.val_before_train=false"]
+    words = settings(tmp_path, *small, f"reward.parts.custom.name={file}:compute_score")
+    done = run(tmp_path / "broken", *words)
+    assert done.returncode == 1 and "got a verdict" in done.stderr, done.stderr
+    file.write_text(file.read_text().replace("1 / 0", "return 0.0"))
+    done = run(tmp_path / "equal", *words)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "equal" / "latest" / "metrics.jsonl")
+    assert [row["training/skipped_steps"] for row in rows] == [1.0, 1.0]
+    assert all(row["training/num_groups"] >= 40 for row in rows)  # 10 batches of 4
+    check_each_prompt_once((tmp_path / "equal" / "latest").resolve(), 64)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "choices",
     [

@@ -174,12 +174,31 @@ def test_bad_rows_are_refused_by_file_and_line(tmp_path, lines, words):
         run(tmp_path, f"data.files=[{tmp_path / 'rows.jsonl'}]")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'\xff\xfe{"prompt": "x"}\n', r"rows\.jsonl: not text in UTF-8"),
+        (b"[" * 100_000, r"rows\.jsonl:1: .*nested too deeply"),
+        (b'{"data_source": "m", "prompt": "x \\ud800", "answer": "2."}', r"rows\.jsonl:1: .*half"),
+    ],
+)
+def test_bytes_that_are_no_rows_are_refused_before_anything_is_written(tmp_path, content, words):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, f"data.files=[{tmp_path / 'rows.jsonl'}]")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_cleaned_is_refused(tmp_path):
     file = write(tmp_path / "rows.jsonl", rows(verl))
     (tmp_path / "other").mkdir()
     twin = write(tmp_path / "other" / "rows.jsonl", rows(verl))
     with pytest.raises(ValueError, match=r"two files 'rows\.jsonl'"):
         run(tmp_path, f"data.files=[{file},{twin}]")
+    for name in ("changes.jsonl", "report.json"):  # would be written over what is told of the rows
+        named = write(tmp_path / "other" / name, rows(verl))
+        with pytest.raises(ValueError, match=f"a file '{name}'.*another name"):
+            run(tmp_path, f"data.files=[{named}]")
     with pytest.raises(ValueError, match="nothing to clean"):
         run(tmp_path, "data=chain_sum")
     (tmp_path / "out").mkdir()

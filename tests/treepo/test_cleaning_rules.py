@@ -254,6 +254,18 @@ def test_equal_questions_with_other_answers_all_go_unless_the_first_is_to_be_kep
         ("(a+b)c", "a+(bc)", False),
         ("2 - 3", "2 + 3", False),
         ("x_1", "x_2", False),
+        ("Find f(2).", "Find f'(2).", False),
+        ("Find f'(2).", "Find f''(2).", False),
+        ("Find f'(2).", "Find f\u2032(2).", True),
+        ("What is John's age?", "What is John\u2019s age?", True),
+        ("x \u2264 3", "x \u2265 3", False),
+        ("\u221a2", "2", False),
+        ("\u22125", "5", False),
+        ("\u22125", "-5", True),
+        ("\u00b12", "2", False),
+        ("3\u00b2", "32", False),
+        ("3\u00b2", "3^{2}", True),
+        ("A \u222a B", "A \u2229 B", False),
     ],
 )
 def test_normalised_texts_are_equal_where_they_ask_the_same(one, other, are_equal):

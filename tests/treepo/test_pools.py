@@ -5,8 +5,10 @@ rules of refilling, of parts of groups and of batches.
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ from treepo.algorithm_settings import AdvantageSettings
 from treepo.cli import compose
 from treepo.config import TrainConfig
 from treepo.data_order import DataPosition, ProblemOrder, shuffle
+from treepo.opening import read_pools
 from treepo.pools import (
+    POOLS_FILE,
     Group,
     Pools,
     Unfinished,
@@ -417,8 +421,34 @@ def test_how_many_prompts_a_step_begins(rules, unfinished, experience, expected)
     assert num_new_prompts(pools, rules, 8, 100) == expected
 
 
-def test_pools_of_another_version_are_refused():
-    import pickle
+def test_pools_that_are_damaged_foreign_or_of_another_version_are_refused():
+    data = dump_pools(Pools(num_grown=3))
+    assert load_pools(data).num_grown == 3
+    version = data.replace(b"treepo pools 2 ", b"treepo pools 99 ")
+    with pytest.raises(ValueError, match="format 99, and this version reads 2"):
+        load_pools(version)
+    for at in (len(data) // 2, len(data) - 1):
+        flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        with pytest.raises(ValueError, match="damaged"):
+            load_pools(flipped)
+    with pytest.raises(ValueError, match="damaged"):
+        load_pools(data[:-1])
+    for foreign in (b"", bytes(200), pickle.dumps((1, None)), b"treepo poodles 2 x\n"):
+        with pytest.raises(ValueError, match="no file of pools"):
+            load_pools(foreign)
 
-    with pytest.raises(ValueError, match="format 99.*resume_mode=disable"):
-        load_pools(pickle.dumps((99, None)))
+
+def test_a_checkpoint_whose_pools_cannot_be_read_is_named_with_the_way_on(tmp_path):
+    config = SimpleNamespace(
+        trainer=SimpleNamespace(segments=SegmentSettings(segment_length=4)),
+    )
+    folder = tmp_path / "global_step_4"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"pools.pkl cannot be read.*Move .*global_step_4 away"):
+        read_pools(config, folder)
+    (folder / POOLS_FILE).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"pools.pkl cannot be read: this is no file of pools"):
+        read_pools(config, folder)
+    (folder / POOLS_FILE).write_bytes(dump_pools(Pools(num_grown=7)))
+    assert read_pools(config, folder).num_grown == 7
+    assert read_pools(config, None).num_grown == 0

@@ -186,7 +186,8 @@ def test_sides_that_work_at_the_same_time_cannot_sleep():
     words = ["+experiment=quickstart", "cluster.sleep=true", "cluster.colocate=false"]
     with pytest.raises(ValueError, match="cluster.sleep=true is for .* that take turns"):
         compose("train", TrainConfig, words)
-    kept = ["+experiment=quickstart", "cluster.sleep=true", "engine.kv_over_update=keep"]
+    segments = "trainer.segments.segment_length=16"
+    kept = ["+experiment=quickstart", segments, "cluster.sleep=true", "engine.kv_over_update=keep"]
     with pytest.raises(ValueError, match="keep leaves .* in the pool.*set engine.kv_on_host=true"):
         compose("train", TrainConfig, kept)
     compose("train", TrainConfig, [*kept, "engine.kv_on_host=true"])

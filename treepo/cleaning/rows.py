@@ -15,6 +15,9 @@ from treepo.data import DATA_SOURCES, RawRow, parsed, raw_file_rows, raw_hub_row
 from treepo.data_rows import TRUTH_COLUMNS, Row, recognise
 from treepo.data_settings import DataSettings
 
+# Beside the rows in the output folder.
+CHANGES, REPORT = "changes.jsonl", "report.json"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRow:
@@ -70,6 +73,7 @@ def read_rows(settings: DataSettings) -> list[SourceRow]:
     rows: list[SourceRow] = []
     for raw in islice(_raw(settings), settings.max_samples or None):
         row = parsed(raw, settings)  # refuses what is no row
+        _check_text(raw)
         told = settings.row_format
         row_format = recognise(raw.columns, raw.where) if told == "auto" else told
         rows.append(
@@ -78,6 +82,19 @@ def read_rows(settings: DataSettings) -> list[SourceRow]:
     if not rows:
         raise ValueError(f"data.source={settings.source}: there are no rows")
     return rows
+
+
+def _check_text(raw: RawRow) -> None:
+    """
+    Raises:
+        ValueError: half of a surrogate pair, which JSON may name but no file of text can hold.
+    """
+    try:
+        json.dumps(raw.columns, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{raw.where}: the row has half of a character, {error.object[error.start]!r}: mend it"
+        ) from error
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], like: str) -> None:
@@ -113,6 +130,11 @@ def _raw(settings: DataSettings) -> Iterator[RawRow]:
             raise ValueError(
                 f"data.files names two files {twice[0]!r}, which would be written over one "
                 "another: clean them one after the other"
+            )
+        for name in set(names) & {CHANGES, REPORT}:
+            raise ValueError(
+                f"data.files names a file {name!r}, as the one that tells what was done to the "
+                "rows: give it another name"
             )
         return raw_file_rows(settings)
     if settings.source == "hub":
