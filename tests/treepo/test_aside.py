@@ -10,15 +10,20 @@ import torch
 from treepo.base.aside import Aside, storages
 
 
-def held_bytes() -> int:
-    """Of all tensors of this process that Python knows."""
+def tensors() -> list[torch.Tensor]:
+    """All of this process that Python knows."""
     gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return sum(found.values())
+    return [
+        thing
+        for thing in gc.get_objects()
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
+    ]
+
+
+def held_bytes() -> int:
+    """Of all of them, each storage once."""
+    found = [tensor.untyped_storage() for tensor in tensors()]
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
 def test_views_of_one_buffer_see_the_same_values_after_their_memory_went_and_came():
@@ -38,6 +43,7 @@ def test_views_of_one_buffer_see_the_same_values_after_their_memory_went_and_cam
 
 
 def test_memory_is_freed_in_between_and_the_copies_after():
+    others = tensors()  # what other tests left is not to go meanwhile
     start = held_bytes()
     big = torch.randn(1 << 20)
     kept = big.sum().item()
@@ -51,6 +57,7 @@ def test_memory_is_freed_in_between_and_the_copies_after():
     assert aside.put([big], forget=True) == 0
     assert held_bytes() == start and aside.num_bytes == big.numel() * 4
     assert aside.restore() == 0 and len(big) == big.untyped_storage().nbytes() // 4
+    del others
 
 
 def test_tensors_may_be_put_aside_in_turns_and_twice():
