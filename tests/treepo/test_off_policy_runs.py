@@ -56,5 +56,5 @@ def test_old_tokens_of_segmented_runs_are_masked_by_their_own_versions(tmp_path,
         assert row["actor/masked_frac"] >= row["actor/old_masked_frac"] - 1e-9
         assert row["training/staleness/max"] == max(ages)
     assert max(row["actor/old_masked_frac"] for row in rows) > 0.2
-    assert max(row["actor/mpt_masked_frac"] for row in rows) > 0.1
+    assert max(row["actor/mpt_masked_frac"] for row in rows) > 0.02
     assert any(row["training/rollout_is_eff_sample_size"] < 0.9999 for row in rows)
