@@ -140,6 +140,6 @@ def _segment(
         logprobs=zeros,
         sampling_logprobs=zeros,
         sampled=parent >= 0,
-        policy_version=0,
+        policy_versions=np.zeros(tokens, np.int32),
         finish_reason=EOS if ends else "",
     )

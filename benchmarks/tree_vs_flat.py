@@ -41,8 +41,8 @@ from harness import (
 from shapes import qwen3_7m
 
 from rollout import CostLedger, Engine, EngineSettings, Tree, generate
-from rollout.scheduler import num_unique_tokens
 from rollout.strategies import Flat, FlatSettings, Prompt, Strategy, TreePO, TreePOSettings
+from rollout.tree import num_unique_tokens
 from treepo.base.keys import root_key
 
 WIDTH, DIVERGENCE, VOCABULARY = 16, 2, 8192

@@ -11,20 +11,24 @@ makes the row again from ``config`` and ``index``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import reasoning_gym as library
 from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 
+from rewards.chain_sum_settings import check_term_counts, draw_term_count
 from rewards.extract import check_form, extract_answer
 from rewards.records import UNPARSABLE, RewardItem
 from rewards.registry import Part, PartResult
 
 KEY = "reasoning_gym"  # in extra_info
+OF_CHAIN_SUM = ("min_value", "max_value", "median_terms", "log_sd")  # our settings of that task
 
 
 def make(extraction: str = "auto", binary: bool = False) -> Part:
@@ -65,8 +69,9 @@ def make(extraction: str = "auto", binary: bool = False) -> Part:
 def make_dataset(task: str, config: Mapping[str, Any]) -> Any:
     """The library's data set ``task``.
 
-    ``chain_sum`` takes two settings more than the library's, ``min_value`` and ``max_value``: the
-    range of the terms, instead of their numbers of digits.
+    ``chain_sum`` takes settings beside the library's: ``min_value`` and ``max_value``, the range of
+    the terms instead of their numbers of digits; ``median_terms`` and ``log_sd``, for a number of
+    terms with a long tail (:mod:`rewards.chain_sum_settings`) instead of one that is uniform.
 
     Raises:
         ValueError: an unknown task (the closest names are listed) or a setting it does not have or
@@ -82,9 +87,9 @@ def make_dataset(task: str, config: Mapping[str, Any]) -> Any:
             f"{', '.join(close)}"
         )
     config = dict(config)
-    bounds = {key: config.pop(key) for key in ("min_value", "max_value") if key in config}
-    if bounds and task != "chain_sum":
-        raise ValueError(f"reasoning-gym task {task!r} has no min_value or max_value")
+    ours = {key: config.pop(key) for key in OF_CHAIN_SUM if key in config}
+    if ours and task != "chain_sum":
+        raise ValueError(f"reasoning-gym task {task!r} has no {' or '.join(ours)}")
     fields = known[task][1].__dataclass_fields__
     for key in config:
         if key not in fields:
@@ -92,8 +97,8 @@ def make_dataset(task: str, config: Mapping[str, Any]) -> Any:
                 f"reasoning-gym task {task!r} has no setting {key!r}; it has {', '.join(fields)}"
             )
     try:
-        if bounds:
-            return _BoundedChainSum(ChainSumConfig(**config), **bounds)
+        if ours:
+            return _OurChainSum(ChainSumConfig(**config), **ours)
         return library.create_dataset(task, **config)
     except AssertionError as error:  # how the library's configurations refuse a value
         raise ValueError(
@@ -131,10 +136,19 @@ def _cached_entry(task: str, config_json: str, index: int) -> Any:
     return _cached_dataset(task, config_json)[index]
 
 
-class _BoundedChainSum(ChainSumDataset):
-    """The library's generator, its terms drawn from another range."""
+class _OurChainSum(ChainSumDataset):
+    """The library's generator, its terms drawn from another range, their number from a lognormal
+    where ``median_terms`` is given.
+    """
 
-    def __init__(self, config: ChainSumConfig, min_value: int = 1, max_value: int = 20) -> None:
+    def __init__(
+        self,
+        config: ChainSumConfig,
+        min_value: int = 1,
+        max_value: int = 20,
+        median_terms: float = 0.0,
+        log_sd: float = 0.0,
+    ) -> None:
         if not 0 <= min_value <= max_value:
             raise ValueError(
                 f"chain_sum: min_value={min_value} and max_value={max_value} must satisfy "
@@ -142,6 +156,23 @@ class _BoundedChainSum(ChainSumDataset):
             )
         super().__init__(config)
         self._bounds = (min_value, max_value)
+        self._term_counts: tuple[float, float] | None = None
+        if median_terms or log_sd:
+            check_term_counts(config.min_terms, config.max_terms, median_terms, log_sd)
+            self._term_counts = (median_terms, log_sd)
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        if self._term_counts is None:
+            return super().__getitem__(idx)
+        # Draws of their own, so that the number of terms says nothing about the terms.
+        rng = random.Random(f"number of terms: {self.seed + idx}")
+        count = draw_term_count(
+            rng, self.config.min_terms, self.config.max_terms, *self._term_counts
+        )
+        row = copy.copy(self)
+        row.config = replace(self.config, min_terms=count, max_terms=count)
+        row._term_counts = None
+        return row[idx]
 
     def _generate_task(
         self, rng: random.Random, num_terms: int, min_value: int, max_value: int

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from rollout.drafts import DraftTree as DraftTree
     from rollout.engine import Engine as Engine
     from rollout.extend import ExtendSpec as ExtendSpec
+    from rollout.growth import Growth as Growth
+    from rollout.growth import GrowthLimits as GrowthLimits
     from rollout.metrics import CostLedger as CostLedger
     from rollout.requests import Completion as Completion
     from rollout.scheduler import generate as generate
+    from rollout.scheduler import grow as grow
     from rollout.scoring import Scorer as Scorer
     from rollout.settings import EngineSettings as EngineSettings
     from rollout.store import Node as Node
@@ -27,9 +30,12 @@ _PUBLIC = {
     "DraftTree": "rollout.drafts",
     "Engine": "rollout.engine",
     "ExtendSpec": "rollout.extend",
+    "Growth": "rollout.growth",
+    "GrowthLimits": "rollout.growth",
     "CostLedger": "rollout.metrics",
     "Completion": "rollout.requests",
     "generate": "rollout.scheduler",
+    "grow": "rollout.scheduler",
     "Scorer": "rollout.scoring",
     "EngineSettings": "rollout.settings",
     "Node": "rollout.store",

@@ -210,6 +210,11 @@ class DecodeSteps:
         if self._loaded is not None:
             self._loaded.step.token_ids[: len(token_ids)].copy_(token_ids)
 
+    def release_memory(self) -> None:
+        """Drop all steps with their graphs."""
+        self._steps.clear()
+        self._keys = self._loaded = self._memory = None
+
     def _knows(self, plan: TreePlan) -> bool:
         """Whether steps can be made: how many query heads share a KV head is seen in a first, plain
         forward.

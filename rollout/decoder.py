@@ -82,6 +82,33 @@ class Decoder:
             self.store.free(request.node, drop=False)
         return True
 
+    def cut(self, request_id: int) -> Completion | None:
+        """End a request now, as if it had drawn all its tokens; None if it is unknown or fetched.
+        One that finished comes back as it is.
+        """
+        for completion in self.done:
+            if completion.request_id == request_id:
+                self.done.remove(completion)
+                return completion
+        if request_id not in self.unfinished:
+            return None
+        request = next(r for r in (*self.running, *self.waiting) if r.request_id == request_id)
+        # What is put back, or computed anew, has tokens without keys and values.
+        if request.leaf is not None and not request.is_fresh:
+            self._finish(request, LENGTH)
+            self.running.remove(request)
+            self._last = None
+            return self.done.pop()
+        if request.leaf is not None:
+            request.drawn = self._stop(request)
+        else:
+            self.waiting.remove(request)
+        drawn = request.drawn if len(request.drawn.token_ids) else Drawn.nothing(request.spec)
+        node = self.store.append(request.node, drawn.token_ids.copy())
+        self.store.free(request.node, drop=False)
+        self.unfinished.remove(request_id)
+        return self._completion(request, drawn, LENGTH, node)
+
     def known_ids(self) -> set[int]:
         """Ids of requests that are unfinished, or finished and not fetched."""
         return self.unfinished | {completion.request_id for completion in self.done}
@@ -318,5 +345,10 @@ class Decoder:
 
 
 def _num_known(node) -> int:
-    """Tokens of a path that were computed, or have slots because another request computes them."""
-    return sum(min(len(n.slots), len(n.token_ids)) for n in node.path())
+    """Tokens of a path that were computed, be they on the host, or have slots because another
+    request computes them.
+    """
+    return sum(
+        min(len(n.slots), len(n.token_ids)) if n.host is None else n.host.num_tokens
+        for n in node.path()
+    )

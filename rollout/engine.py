@@ -32,9 +32,12 @@ from rollout.decoder import Decoder
 from rollout.drafts import Draft, DraftTree, commit_draft, forward_draft
 from rollout.extend import ExtendSpec
 from rollout.forward import TreeForward
+from rollout.fused_layers import forget_merged
 from rollout.kv_pool import KVPool
+from rollout.linear import forget_packed
 from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
+from rollout.paused import PausedTrees
 from rollout.requests import Completion
 from rollout.sampler import log_probabilities
 from rollout.sampling_settings import TEMPERATURES_ALLOWED, is_temperature
@@ -44,9 +47,11 @@ from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
 from rollout.token_text import TokenText
 from rollout.weights import Part, Tensors, WeightLoad, stored_state
+from treepo.base.aside import Aside
 from treepo.base.digest import WeightManifest, tensor_digests
 
 _SCORE_CHUNK = 256  # query rows of one scoring forward
+SLEEPING_WEIGHTS = ("keep", "host", "drop")
 IN_FLIGHT = ("refuse", "recompute", "keep")
 
 
@@ -85,6 +90,7 @@ class Engine:
             )
         self.pool = KVPool(settings.num_kv_slots, device=device, dtype=self.model.dtype)
         self.store = TreeStore(self.pool)
+        self.paused = PausedTrees(self.store, on_host=settings.kv_on_host)
         self.runner = ModelRunner(self.model, self.pool, settings)
         self._meter = Meter()
         self._forward = TreeForward(self.runner, settings, self._meter)
@@ -93,7 +99,8 @@ class Engine:
         self._drafts: set[Draft] = set()
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self._is_asleep = False
-        self._is_torn = False  # half a weight set was copied
+        self._is_torn = False  # half a weight set was copied, or none after they were dropped
+        self._put_aside = Aside()  # weights that gave up their memory
         if load_probe:
             from rollout.probe import probe  # the probe drives an engine
 
@@ -180,7 +187,7 @@ class Engine:
         """
         self._check_awake()
         length = self.store.resolve(node).end
-        self._check_length(length, spec.max_tokens)
+        self.check_length(length, spec.max_tokens)
         spec.check(self.vocabulary, length)
         self._stops.matchers(spec)
         return self._decoder.submit(node, spec, checked_path_key(path_key))
@@ -190,6 +197,13 @@ class Engine:
         or fetched, which is left alone.
         """
         return self._decoder.cancel(request_id)
+
+    def cut(self, request_id: int) -> Completion | None:
+        """End a request here and now: what it has drawn comes back as a segment that ended by
+        length, of no token if it has drawn none. One that has finished, but was not fetched, comes
+        back as it is; None if the request is unknown or fetched.
+        """
+        return self._decoder.cut(request_id)
 
     @property
     def num_waiting(self) -> int:
@@ -262,7 +276,7 @@ class Engine:
                 model's positions, or the engine sleeps.
         """
         self._check_awake()
-        self._check_length(self.store.resolve(node).end, len(tree))
+        self.check_length(self.store.resolve(node).end, len(tree))
         checked_token_ids("draft", tree.token_ids, self.vocabulary)
         with self._aside():
             budget = self.settings.max_tokens_per_step
@@ -316,7 +330,7 @@ class Engine:
         ids = checked_token_ids("path", token_ids, self.vocabulary)
         if not is_temperature(temperature):
             raise ValueError(f"temperature={temperature!r}: it must be {TEMPERATURES_ALLOWED}")
-        self._check_length(len(ids), 0)
+        self.check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)
         with self._aside():
@@ -354,7 +368,8 @@ class Engine:
         in_flight: str = "refuse",
     ) -> dict[str, int]:
         """Copy a weight set into the live model. No request that starts or goes on from a handle
-        afterwards reads keys and values of older ones.
+        afterwards reads keys and values of older ones, but where a tree that was put aside goes on
+        and ``kv_over_update='keep'`` is set.
 
         Args:
             tensors: all at once, or parts that are copied as they come.
@@ -373,6 +388,7 @@ class Engine:
         """
         version = checked_version(version, self.policy_version)
         self._check_in_flight(version, in_flight)
+        self._put_aside.restore()
         load = WeightLoad(self.model, manifest)
         # No work from half a set: while parts come, and after an interruption.
         was_torn, self._is_torn = self._is_torn, True
@@ -384,25 +400,65 @@ class Engine:
         return digests
 
     def digests(self) -> dict[str, int]:
-        """Digest of each stored tensor by name."""
+        """Digest of each stored tensor by name.
+
+        Raises:
+            ValueError: the engine sleeps and its weights have given up their memory.
+        """
+        if self._put_aside.num_bytes:
+            raise ValueError("the engine is asleep without its weights: call wake() first")
         return tensor_digests(stored_state(self.model))
 
-    def sleep(self) -> None:
-        """Give up the pool's memory and all cached keys and values until ``wake``. Handles live on.
+    def sleep(self, weights: str = "keep") -> int:
+        """Give up memory until ``wake``: the pool's with all cached keys and values but those of
+        trees that wait on the host, captured steps, and with ``weights`` that of the model. Handles
+        live on.
+
+        Args:
+            weights: 'keep': they stay. 'host': they are copied to host memory. 'drop': they are
+                forgotten, and the engine refuses work until a whole set was loaded.
+
+        Returns:
+            bytes that were copied to host memory.
 
         Raises:
             ValueError: requests are unfinished or drafts are open.
         """
+        if weights not in SLEEPING_WEIGHTS:
+            raise ValueError(f"weights={weights!r}: choose one of {', '.join(SLEEPING_WEIGHTS)}")
         if not self.is_idle:
             raise ValueError("the engine has unfinished requests: finish or cancel them first")
         self._check_no_drafts("sleep")
-        self.store.retire(self.policy_version)
+        waiting = self.paused.nodes() if self.settings.kv_on_host else []
+        self.store.retire(self.policy_version, resting=waiting)
+        self.store.offload(waiting)  # what others had locked
         self.pool.release_memory()
+        self._forward.release_memory()
         self._is_asleep = True
+        if weights == "keep":
+            return 0
+        forget_packed(self.model)
+        forget_merged(self.model)
+        if weights == "drop":
+            self._is_torn = True
+            self._put_aside.forget()
+        return self._put_aside.put(stored_state(self.model).values(), forget=weights == "drop")
 
-    def wake(self) -> None:
-        """Serve again after ``sleep``."""
+    def wake(self) -> int:
+        """Serve again after ``sleep``; returns the bytes that came back from host memory."""
         self._is_asleep = False
+        return self._put_aside.restore()
+
+    def drop_cache(self) -> None:
+        """Forget all keys and values, those of trees that were put aside too: what follows rounds
+        as in an engine that was just started.
+
+        Raises:
+            ValueError: requests are unfinished or drafts are open.
+        """
+        self.paused.forget_all()
+        self.sleep()
+        self.wake()
 
     def metrics(self) -> CostLedger:
         """Costs since the start or the last ``reset_metrics``."""
@@ -426,6 +482,8 @@ class Engine:
             slots_live=live,
             slots_cached=self.pool.num_held - live,
             kv_bytes_per_slot=self.pool.bytes_per_slot,
+            num_paused=len(self.paused),
+            kv_host_bytes=self.tree.num_host_bytes,
         )
 
     def _num_draft_slots(self) -> int:
@@ -468,11 +526,13 @@ class Engine:
             )
 
     def _put_in_force(self, version: int, in_flight: str) -> None:
+        self.paused.note_update()
+        running = []
         if in_flight == "keep":
-            self.store.retire(version, self._decoder.keep_running())
+            running = self._decoder.keep_running()
         else:
             self._decoder.put_all_back()
-            self.store.retire(version)
+        self.store.retire(version, running, self.paused.nodes())
         self._decoder.note_version(version)
 
     def _check_no_drafts(self, what: str) -> None:
@@ -482,8 +542,8 @@ class Engine:
     def _check_whole(self) -> None:
         if self._is_torn:
             raise ValueError(
-                "the engine refuses work: a weight load is under way or stopped half-way; load a "
-                "whole set first"
+                "the engine refuses work: a weight load is under way or stopped half-way, or the "
+                "weights were dropped when it fell asleep; load a whole set first"
             )
 
     def _check_awake(self) -> None:
@@ -491,7 +551,12 @@ class Engine:
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
 
-    def _check_length(self, length: int, max_tokens: int) -> None:
+    def check_length(self, length: int, max_tokens: int) -> None:
+        """
+        Raises:
+            ValueError: a path of ``length`` tokens and ``max_tokens`` more can never fit the pool
+                or the model's positions.
+        """
         total = length + max_tokens
         if total > self.pool.num_slots:
             raise ValueError(

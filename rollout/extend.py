@@ -145,7 +145,7 @@ class ExtendResult:
         sampling_logprobs: float32, after bans, penalty, top-p and the rest: the behaviour policy
             (0 when greedy).
         finish_reason: ``STOP`` or ``LENGTH``.
-        policy_version: of the weights that drew the tokens.
+        policy_versions: int32, of the weights that drew each token.
         stop_reason: the stop that was completed; None for ``LENGTH``.
         entropy: float32, in nats, of the distribution of ``logprobs``; None if not asked for.
         top_token_ids: int32 [n, num_top_logprobs], the likeliest tokens of that distribution,
@@ -158,7 +158,7 @@ class ExtendResult:
     logprobs: np.ndarray
     sampling_logprobs: np.ndarray
     finish_reason: str
-    policy_version: int
+    policy_versions: np.ndarray
     stop_reason: StopReason | None = None
     entropy: np.ndarray | None = None
     top_token_ids: np.ndarray | None = None

@@ -94,6 +94,13 @@ class TreeForward:
         if self.steps:
             self.steps.feed(token_ids)
 
+    def release_memory(self) -> None:
+        """Drop captured steps; they are captured anew. They point to where weights, keys and values
+        lie now.
+        """
+        if self.steps:
+            self.steps.release_memory()
+
     def settle(self, rows: Rows) -> None:
         """Record in the nodes what a forward has computed."""
         for block in rows.blocks:

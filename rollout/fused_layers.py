@@ -198,6 +198,12 @@ def fused_layers(model: torch.nn.Module) -> list[FusedForward]:
     return [forward for forward in own if isinstance(forward, FusedForward)]
 
 
+def forget_merged(model: torch.nn.Module) -> None:
+    """Free the merged weights; they are made again when they are used."""
+    for fused in fused_layers(model):
+        fused._weights = fused._version = fused._seen = None
+
+
 def undo_fused_layers(model: torch.nn.Module) -> None:
     """Give the layers their own forward back."""
     for fused in fused_layers(model):

@@ -130,6 +130,13 @@ def undo_linear_changes(model: torch.nn.Module) -> None:
             module.__dict__.pop("_packed", None)
 
 
+def forget_packed(model: torch.nn.Module) -> None:
+    """Free the packed weights; they are made again when they are used."""
+    for module in model.modules():
+        if type(module) is PackedLinear:
+            module._packed = None
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies by packed weights of ``dtype``."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():

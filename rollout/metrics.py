@@ -104,6 +104,8 @@ class EngineGauges:
         slots_live: held by locked paths: handles and running requests.
         slots_cached: held by nobody, kept for whoever asks for the same tokens; evicted on demand.
         kv_bytes_per_slot: over all layers; 0 before the first forward.
+        num_paused: trees that were put aside and whose keys and values are kept over new weights.
+        kv_host_bytes: of keys and values that wait in the host's memory.
     """
 
     num_waiting: int
@@ -113,6 +115,8 @@ class EngineGauges:
     slots_live: int
     slots_cached: int
     kv_bytes_per_slot: int
+    num_paused: int
+    kv_host_bytes: int
 
 
 class Meter:

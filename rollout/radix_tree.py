@@ -7,7 +7,8 @@ weights. Nodes are segment-unique: two forks that draw equal tokens stay two nod
 either.
 
 A node's tokens come in three states, always in this order: computed (the pool holds their keys and
-values), slotted (they have a slot that is not written yet), and bare.
+values), slotted (they have a slot that is not written yet), and bare. The computed ones of a node
+that nobody uses may be moved to the host's memory; then all are bare until it has slots again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rollout.host_kv import HostKV, from_host, to_host
 from rollout.kv_pool import KVPool
 
 _NO_TOKENS = np.zeros(0, np.int32)
@@ -36,6 +38,8 @@ class TreeNode:
         num_computed: tokens whose keys and values are in the pool, <= m.
         lock_ref: number of locks on this node or below it.
         priority: nodes of lower priority are evicted first.
+        host: keys and values of its first tokens, while they are in the host's memory; it has no
+            slots then.
         is_open: tokens are still being added; no lookup finds it.
         is_private: no lookup ever finds it.
     """
@@ -49,6 +53,7 @@ class TreeNode:
     lock_ref: int = 0
     priority: int = 0
     last_use: int = 0
+    host: HostKV | None = None
     is_open: bool = False
     is_private: bool = False
     is_alive: bool = True
@@ -197,6 +202,8 @@ class RadixTree:
             last_use=node.last_use,
             num_children=1,
         )
+        if node.host is not None:
+            upper.host, node.host = node.host.split(offset)
         siblings = parent.children[int(node.token_ids[0])]
         siblings[siblings.index(node)] = upper
         node.parent = upper
@@ -240,6 +247,7 @@ class RadixTree:
         self.pool.free(node.slots)
         node.slots = _NO_SLOTS
         node.num_computed = 0
+        node.host = None
         node.is_alive = False
         parent.num_children -= 1
         if not node.is_private:
@@ -267,7 +275,8 @@ class RadixTree:
 
     def evict(self, num_slots: int) -> int:
         """Delete unlocked nodes, lowest priority and least recently used first, until ``num_slots``
-        slots came free or nothing unlocked is left.
+        slots came free or nothing unlocked is left. A node all of whose children are on the host
+        goes there, too.
 
         Returns:
             slots that came free.
@@ -275,7 +284,7 @@ class RadixTree:
         heap = [
             (node.priority, node.last_use, id(node), node)
             for node in self.nodes()
-            if not node.lock_ref and not node.num_children and node.parent is not None
+            if self._may_go(node)
         ]
         heapq.heapify(heap)
         freed = 0
@@ -284,28 +293,58 @@ class RadixTree:
             freed += len(node.slots)
             parent = node.parent
             assert parent is not None
-            self.remove(node)
-            if not parent.lock_ref and not parent.num_children and parent.parent is not None:
+            if node.num_children:
+                self.offload(node)
+            else:
+                self.remove(node)
+            if self._may_go(parent):
                 heapq.heappush(heap, (parent.priority, parent.last_use, id(parent), parent))
         return freed
 
-    def retire(self, keep: Iterable[TreeNode] = ()) -> None:
+    def _may_go(self, node: TreeNode) -> bool:
+        """Whether nothing that holds slots, and no lock, needs the node's own."""
+        if node.lock_ref or node.parent is None or node.host is not None:
+            return False
+        below = [child for children in node.children.values() for child in children]
+        return len(below) == node.num_children and all(child.host is not None for child in below)
+
+    def offload(self, node: TreeNode) -> None:
+        """Move an unlocked node's keys and values to the host's memory; its slots come free."""
+        assert not node.lock_ref and not node.is_open and node.host is None
+        node.host = to_host(self.pool, node.slots[: node.num_computed])
+        self.pool.free(node.slots)
+        node.slots = _NO_SLOTS
+        node.num_computed = 0
+
+    def fetch(self, node: TreeNode) -> None:
+        """Bring a node's keys and values back from the host into its slots."""
+        if node.host is not None:
+            count = node.host.num_tokens
+            from_host(self.pool, node.slots[:count], node.host)
+            node.num_computed, node.host = count, None
+
+    def retire(self, keep: Iterable[TreeNode] = (), resting: Iterable[TreeNode] = ()) -> None:
         """Delete every node, locked ones too, and give all slots back.
 
         Args:
             keep: open nodes that stay with all their ancestors, each for one lock of its own. No
                 lookup finds them any more.
+            resting: closed nodes that stay so, too, without a lock.
         """
         locks: Counter[TreeNode] = Counter()
         for leaf in keep:
             assert leaf.is_open
             locks.update(leaf.path())
+        for closed in resting:
+            for node in closed.path():
+                locks[node] += 0
         num_children = Counter(node.parent for node in locks if node.parent is not None)
         for node in list(self.nodes()):
             if node not in locks:
                 assert not node.is_open, "requests are running"
                 self.pool.free(node.slots)
                 node.slots = _NO_SLOTS
+                node.host = None
                 node.is_alive = False
         for node, count in locks.items():
             node.lock_ref = count
@@ -318,11 +357,20 @@ class RadixTree:
         roots = [*self.roots.values(), *self._retired]
         self._retired = [root for root in roots if root in locks]
         self.roots.clear()
-        self.num_protected = sum(len(node.slots) for node in locks)
+        self.num_protected = sum(len(node.slots) for node, count in locks.items() if count)
 
     def forget_empty_roots(self) -> None:
         """Forget retired roots below which nothing is left."""
         self._retired = [root for root in self._retired if root.num_children]
+
+    def is_retired(self, node: TreeNode) -> bool:
+        """Whether no lookup from a root finds the node, which older weights computed."""
+        return bool(self._retired) and node.path()[0] in self._retired
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Of keys and values in the host's memory."""
+        return sum(node.host.num_bytes for node in self.nodes() if node.host is not None)
 
     def nodes(self) -> Iterator[TreeNode]:
         """All nodes that lookups can reach, roots included, and retired ones."""
@@ -356,6 +404,9 @@ class RadixTree:
             assert node.is_alive and node.num_children == len(below)
             assert node.lock_ref >= sum(child.lock_ref for child in below)
             assert node.num_computed <= len(node.slots)
+            if node.host is not None:
+                assert not len(node.slots)
+                assert 0 < node.host.num_tokens <= len(node.token_ids)
             if not node.is_open:
                 assert len(node.slots) <= len(node.token_ids)
                 assert all(child.start == node.end for child in below)

@@ -34,11 +34,6 @@ class Completion:
     top_token_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
 
-    @property
-    def policy_version(self) -> int:
-        """The oldest weights that drew a token of it (-1 for an empty segment)."""
-        return int(self.policy_versions.min()) if len(self.policy_versions) else -1
-
 
 @dataclass(eq=False, slots=True)
 class Request:

@@ -110,7 +110,11 @@ class TreeStore:
         self._check_alive(node)
         node.is_freed = True
         self._unlock(node)
-        if drop and len(node.token_ids) and self._is_current(node):
+        if not self._is_current(node):
+            return
+        if self.tree.is_retired(node.tree_node):
+            self.release_retired(node.tree_node)  # nobody else finds it
+        elif drop and len(node.token_ids):
             end = node.tree_node.end
             self.tree.remove_upwards(node.tree_node, end - len(node.token_ids))
 
@@ -120,6 +124,15 @@ class TreeStore:
         node.is_soft = True
         if node.is_locked:
             self._soft[id(node)] = node
+
+    def rest(self, node: Node) -> None:
+        """Let go of the handle's keys and values, which stay as cache; the next use locks them."""
+        self._check_alive(node)
+        self._unlock(node)
+
+    def is_known(self, node: Node) -> bool:
+        """Whether the handle's position is in the tree, so that it need not be made again."""
+        return self._is_current(node)
 
     def set_priority(self, node: Node, priority: int) -> None:
         """Evict the handle's own position later (higher) or sooner (lower) than others."""
@@ -153,7 +166,18 @@ class TreeStore:
             return False
         for n in bare:
             self.add_slots(n, len(n.token_ids) - len(n.slots))
+            self.tree.fetch(n)
         return True
+
+    def offload(self, nodes: Iterable[Node]) -> None:
+        """Move to the host what the paths of resting handles have in the pool, as far as nobody
+        uses it.
+        """
+        for node in nodes:
+            if self._is_current(node):
+                for n in node.tree_node.path()[1:]:
+                    if len(n.slots) and not n.lock_ref:
+                        self.tree.offload(n)
 
     def add_slots(self, node: TreeNode, count: int) -> np.ndarray:
         """``count`` more slots for ``node``, next to what precedes them if possible. They must be
@@ -181,17 +205,27 @@ class TreeStore:
 
     # New weights.
 
-    def retire(self, policy_version: int, keep: Iterable[TreeNode] = ()) -> None:
+    def retire(
+        self,
+        policy_version: int,
+        keep: Iterable[TreeNode] = (),
+        resting: Iterable[Node] = (),
+    ) -> None:
         """Give up everything cached and serve ``policy_version`` from now on.
 
         Args:
             keep: open nodes of requests in flight. They and their ancestors stay, out of reach of
                 every lookup, until ``release_retired``.
+            resting: handles that lock nothing. What they stand on stays likewise, for those who
+                go on from them.
         """
-        self.tree.retire(keep)
+        stay = [node for node in resting if self._is_current(node)]
+        self.tree.retire(keep, [node.tree_node for node in stay])
         self._soft.clear()
         self.policy_version = policy_version
         self.epoch += 1
+        for node in stay:
+            node.epoch = self.epoch
 
     def release_retired(self, base: TreeNode) -> None:
         """Drop what a finished request of older weights grew from, as far as no other needs it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Segment:
         sampling_logprobs: float32, under the behaviour policy (after top-p and the rest); zeros
             where not sampled.
         sampled: False for prompt and forced tokens, which are never trained.
-        policy_version: of the weights that drew it.
+        policy_versions: int32, of the weights that drew each token; zeros where not sampled.
         finish_reason: one of ``FINISH_REASONS`` for a trajectory's last segment, "" inside.
     """
 
@@ -44,7 +44,7 @@ class Segment:
     logprobs: np.ndarray
     sampling_logprobs: np.ndarray
     sampled: bool
-    policy_version: int
+    policy_versions: np.ndarray
     finish_reason: str = ""
 
     @property
@@ -99,6 +99,17 @@ class Tree:
     def num_leaves(self) -> int:
         return len(self.leaves)
 
+    def pruned(self) -> Tree:
+        """The tree without the segments that no leaf's path uses, in the same order."""
+        used = sorted({0}.union(*(self.path(leaf) for leaf in self.leaves)))
+        place = {index: i for i, index in enumerate(used)}
+        segments = (self.segments[index] for index in used)
+        return replace(
+            self,
+            segments=tuple(replace(s, parent=place.get(s.parent, -1)) for s in segments),
+            leaves=tuple(place[leaf] for leaf in self.leaves),
+        )
+
     def same_tokens(self, other: Tree) -> bool:
         """Whether both trees have the same shape, path keys, tokens and finish reasons (log-probs
         may differ in rounding).
@@ -111,3 +122,23 @@ class Tree:
             and np.array_equal(a.token_ids, b.token_ids)
             for a, b in zip(self.segments, other.segments, strict=True)
         )
+
+
+def num_unique_tokens(tree: Tree) -> int:
+    """Tokens of a tree from which another token was predicted, each counted once: what must at
+    least be forwarded to grow it without a cache from earlier trees.
+    """
+    has_next = {segment.parent for segment in tree.segments if segment.num_tokens}
+    total = 0
+    for index, segment in enumerate(tree.segments):
+        if segment.num_tokens:
+            total += segment.num_tokens - (0 if _is_continued(tree, index, has_next) else 1)
+    return total
+
+
+def _is_continued(tree: Tree, index: int, has_next: set[int]) -> bool:
+    """Whether some segment with tokens follows, perhaps after empty ones."""
+    if index in has_next:
+        return True
+    empty = [i for i, s in enumerate(tree.segments) if s.parent == index and not s.num_tokens]
+    return any(_is_continued(tree, i, has_next) for i in empty)

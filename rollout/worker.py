@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from rollout.engine import Engine
+from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger, EngineGauges
-from rollout.scheduler import generate_all
+from rollout.scheduler import grow_all
 from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.tree import Tree
@@ -57,15 +58,32 @@ class RolloutWorker:
         strategy_settings: Any,
         policy_version: int,
     ) -> tuple[list[Tree], CostLedger]:
-        """One tree a prompt, in the order of ``prompts``, and what they cost.
+        """One tree a prompt, in the order of ``prompts``, and what they cost; see ``grow``."""
+        limits = GrowthLimits()
+        grown, costs = self.grow(prompts, strategy_name, strategy_settings, policy_version, limits)
+        return [tree for tree in grown if isinstance(tree, Tree)], costs
+
+    def grow(
+        self,
+        work: Sequence[Prompt | Growth],
+        strategy_name: str,
+        strategy_settings: Any,
+        policy_version: int,
+        limits: GrowthLimits,
+        expected_tokens: Sequence[float] | None = None,
+    ) -> tuple[list[Tree | Growth], CostLedger]:
+        """New and unfinished trees, grown until they are finished or the limits are reached, in the
+        order of ``work``, and what it cost.
 
         Args:
             strategy_name: in ``STRATEGIES``, or user code.
             strategy_settings: that strategy's settings dataclass.
             policy_version: of the weights the caller expects to sample from.
+            expected_tokens: see ``rollout.scheduler.grow``.
 
         Raises:
-            ValueError: the engine holds other weights, or a path does not fit.
+            ValueError: the engine holds other weights, a path does not fit, or an unfinished tree
+                is another strategy's.
         """
         self._check_version(policy_version)
         if not self._is_proved:
@@ -75,8 +93,8 @@ class RolloutWorker:
             )
         strategy = STRATEGIES.get(strategy_name)(strategy_settings)
         self._engine.reset_metrics()
-        trees = generate_all(self._engine, strategy, prompts)
-        return trees, self._engine.metrics()
+        grown = grow_all(self._engine, strategy, work, limits, expected_tokens)
+        return grown, self._engine.metrics()
 
     def load_weights(
         self,
@@ -124,6 +142,14 @@ class RolloutWorker:
             lambda manifest, parts: self._engine.load_weights(version, manifest, parts),
         )
 
+    def sleep(self, weights: str) -> int:
+        """See ``Engine.sleep``; returns the bytes that were copied."""
+        return self._engine.sleep(weights)
+
+    def wake(self) -> int:
+        """See ``Engine.wake``; returns the bytes that were copied."""
+        return self._engine.wake()
+
     def confirm(self, version: int) -> None:
         """Put the weights loaded as ``version`` in force: their digests were compared.
 
@@ -138,6 +164,10 @@ class RolloutWorker:
     ) -> list[np.ndarray]:
         """float32 [n] for each path of n tokens; see ``Engine.score_path``."""
         return [self._engine.score_path(path, temperature) for path in paths]
+
+    def drop_cache(self) -> None:
+        """See ``Engine.drop_cache``."""
+        self._engine.drop_cache()
 
     def policy_version(self) -> int:
         """Version of the weights the engine holds."""

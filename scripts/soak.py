@@ -146,7 +146,7 @@ class Soak:
         """A leaf that was drawn under the weights in force has the log-probs of a fresh forward."""
         leaf = tree.leaves[self.rng.integers(tree.num_leaves)]
         path = tree.path(leaf)
-        if any(tree.segments[i].policy_version != self.version for i in path[1:]):
+        if any((tree.segments[i].policy_versions != self.version).any() for i in path[1:]):
             return
         ids, start = tree.path_token_ids(leaf), tree.segments[0].num_tokens
         if len(ids) == start:

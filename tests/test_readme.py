@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from treepo.clean import CleanConfig
 from treepo.cli import compose
 from treepo.config import TrainConfig
 from treepo.evaluate import EvaluateConfig
@@ -17,6 +18,7 @@ from treepo.report import ReportConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = {
+    "clean": CleanConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

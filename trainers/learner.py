@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,32 @@ import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
 from trainers.batch import PackedBatch, on_device  # noqa: E402
+from trainers.held_memory import tensors_of_model, tensors_of_optimizer  # noqa: E402
 from trainers.logprobs import LogprobHead  # noqa: E402
 from trainers.losses import POLICY_LOSSES, trained_tokens  # noqa: E402
 from trainers.metrics import MetricSums  # noqa: E402
+from trainers.mismatch import add_ages, add_mismatch  # noqa: E402
 from trainers.model import PolicyModel, load_policy  # noqa: E402
 from trainers.objective import objective  # noqa: E402
+from trainers.off_policy import trained_index  # noqa: E402
 from trainers.packing import pack_row, path_tree  # noqa: E402
+from trainers.policy_view import (  # noqa: E402
+    UpdateFacts,
+    add_masked,
+    facts_of_update,
+    policy_view,
+    ratio_logprobs,
+)
+from trainers.reference import load_reference  # noqa: E402
 from trainers.schedule import learning_rate  # noqa: E402
-from trainers.settings import LearnerSettings, OptimizerSettings  # noqa: E402
+from trainers.settings import LearnerSettings, OptimizerSettings, loss_traits  # noqa: E402
 from trainers.weight_sync import Publication, prepare  # noqa: E402
+from treepo.base.aside import Aside, storages  # noqa: E402
 from treepo.base.digest import combine_digests, tensor_digests  # noqa: E402
 
 _TAG = "weights_and_optimizer"
 _META = "learner.json"
+ADAPTER_FOLDER = "adapter"  # in an exported folder
 # Files beside the weights that make an exported folder complete.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,36 +100,66 @@ class Learner:
         self.num_optimizer_steps = 0
         self._loss = POLICY_LOSSES.get(settings.policy_loss.name)
         _join(settings, rank, world_size, init_method)
-        policy = _load(model_path, settings, gradient_checkpointing=settings.gradient_checkpointing)
+        policy = load_policy(
+            model_path,
+            dtype=getattr(torch, settings.dtype),
+            logprob_chunk_size=settings.logprob_chunk_size,
+            fp32_lm_head=settings.fp32_lm_head,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            attention_kernel=settings.attention,
+            lora=settings.lora,
+        )
+        # Of what a resumed run has to find in the model's folder: frozen weights, and those that a
+        # KL penalty is towards.
+        self.initial_digest = ""
+        if settings.lora.is_on or settings.has_reference:
+            self.initial_digest = combine_digests(
+                tensor_digests(policy.weights(policy.model.state_dict()))
+            )
         self._engine = _make_engine(policy, settings)
         self.policy: PolicyModel = self._engine.module
         self.device = torch.device(self._engine.device)
+        self._aside = Aside()
+        self._sleeps, self._has_weights = False, True
         self.reference: PolicyModel | None = None
-        if settings.policy_loss.kl_loss_coef > 0:
+        if settings.has_reference and settings.reference == "own":
             # The weights that training began with, whole on every rank. A resumed run has the same
             # model path, so it gets the same.
-            self.reference = _load(model_path, settings).requires_grad_(False).to(self.device)
+            self.reference = load_reference(model_path, settings, self.device)
 
-    def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
+    def update(
+        self,
+        mini_batches: Sequence[Sequence[PackedBatch]],
+        ref_logprobs: Sequence[Sequence[torch.Tensor]] | None = None,
+        policy_version: int = 0,
+    ) -> dict[str, float]:
         """One optimiser step for each mini-batch.
 
         Args:
             mini_batches: outer, optimiser steps; inner, this rank's rows (equally many on every
                 rank; see :func:`trainers.packing.pack`).
+            ref_logprobs: with ``reference=actor``, the reference's of every row [T], as
+                :class:`trainers.reference.Reference` gives them.
+            policy_version: of the weights before this call, to which tokens' ages are counted.
 
         Returns:
             Metrics over all ranks, the same on each.
         """
+        self._check_awake()
         sums = MetricSums()
         old_logprobs = self._old_logprobs(mini_batches)
         for number, rows in enumerate(mini_batches):
             rate = learning_rate(self.settings.optimizer, self.num_optimizer_steps)
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = rate
+            old = old_logprobs[number] if old_logprobs else [None] * len(rows)
+            facts = facts_of_update(
+                rows, old, self.settings, policy_version, self._forward, self.device
+            )
             for at, row in enumerate(rows):
                 self._engine.set_gradient_accumulation_boundary(at == len(rows) - 1)
-                old = old_logprobs[number][at] if old_logprobs else None
-                loss = self._loss_of(row, sums, old, first_update=number == 0)
+                ref = ref_logprobs[number][at] if ref_logprobs is not None else None
+                loss = self._loss_of(row, sums, old[at], ref, facts, first_update=number == 0)
                 self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
             grad_norm, applied = self._step()
             self.num_optimizer_steps += applied
@@ -130,12 +174,12 @@ class Learner:
         """Log-probabilities float32 [T] of every token of each row under its temperature, without
         gradient; 0 where a token has no predictor. On CPU. Equally many rows on every rank.
         """
+        self._check_awake(weights_suffice=True)
         results = []
         for row in batches:
             batch = on_device(row, self.device)
             index = torch.nonzero(batch.predictor >= 0).squeeze(1)
-            with torch.no_grad():
-                logprobs, _ = self._engine(batch, index)
+            logprobs, _ = self._forward(batch, index)
             full = torch.zeros(row.num_tokens, dtype=torch.float32, device=self.device)
             full[index] = logprobs.float()
             results.append(full.cpu())
@@ -156,8 +200,8 @@ class Learner:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All weights and persistent buffers as the engine stores them, by the names of the model's
-        ``state_dict`` (tied names share storage). They may be the live weights: read them before
-        the next update, and don't write to them.
+        ``state_dict`` (tied names share storage), adapters merged into the weights. They may be the
+        live weights: read them before the next update, and don't write to them.
         """
         with self._gathered() as state:
             return _copy_keeping_ties(state) if self._sharded else state
@@ -169,9 +213,15 @@ class Learner:
 
     def save(self, folder: str | Path) -> None:
         """Write weights, optimiser, step count and random states; all ranks into one folder."""
+        self._check_awake()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=_TAG,
+            save_latest=False,
+            exclude_frozen_parameters=self.policy.adapters is not None,
+        )
         torch.save(_random_state(), folder / f"random_state_rank_{self.rank}.pt")
         if self.rank == 0:
             (folder / _META).write_text(json.dumps(self._meta()))
@@ -184,11 +234,13 @@ class Learner:
             ValueError: the folder is no learner checkpoint, or one of other ranks, ZeRO stage,
                 dtype or optimiser.
         """
+        self._check_awake()
         folder = Path(folder)
         if not (folder / _META).is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {_META}: not a learner checkpoint")
         saved, own = json.loads((folder / _META).read_text()), self._meta()
-        for name in ("world_size", "zero_stage", "dtype", "optimizer"):
+        saved.setdefault("lora", None)  # of checkpoints from before there were adapters
+        for name in ("world_size", "zero_stage", "dtype", "optimizer", "lora"):
             if saved[name] != own[name]:
                 raise ValueError(
                     f"checkpoint {str(folder)!r} was written with {name}={saved[name]!r}, this "
@@ -197,12 +249,18 @@ class Learner:
                 )
         reference = saved.get("reference", "")
         if reference and own["reference"] and reference != own["reference"]:
+            with_lora = self.policy.adapters is not None
+            was = "its adapters on" if with_lora else "the KL penalty towards"
+            mend = "" if with_lora else ", or set policy_loss.kl_loss_coef=0"
             raise ValueError(
-                f"checkpoint {str(folder)!r} was trained with the KL penalty towards another model "
+                f"checkpoint {str(folder)!r} was trained with {was} another model "
                 f"than {self.model_path!r} holds now: put the model that the run began with back "
-                "there, or set policy_loss.kl_loss_coef=0"
+                f"there{mend}"
             )
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        # Frozen weights are not in the checkpoint: they are those of the model's folder.
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=self.policy.adapters is None
+        )
         if loaded is None:
             raise ValueError(f"checkpoint {str(folder)!r} lacks DeepSpeed's files under {_TAG}/")
         self.num_optimizer_steps = saved["num_optimizer_steps"]
@@ -213,17 +271,49 @@ class Learner:
 
     def export_hf(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` loads: safetensors, configuration, and the
-        tokenizer's files of the original model. Written by rank 0.
+        tokenizer's files of the original model. With adapters they are merged into the weights,
+        and stand by themselves in its subfolder ``adapter``. Written by rank 0.
         """
         folder = Path(folder)
-        with self._gathered() as state:
+        with self._whole_state() as own:
             if self.rank == 0:
-                self.policy.model.save_pretrained(folder, state_dict=state)
+                self.policy.model.save_pretrained(folder, state_dict=self.policy.weights(own))
+                if self.policy.adapters is not None:
+                    self.policy.adapters.save(own, folder / ADAPTER_FOLDER, self.model_path)
                 for name in _TOKENIZER_FILES:
                     source = Path(self.model_path) / name
                     if source.is_file() and not (folder / name).exists():
                         shutil.copyfile(source, folder / name)
         dist.barrier()
+
+    def sleep(self, *, keep_weights: bool = False) -> int:
+        """Give up device memory until :meth:`wake`: optimiser, gradients, buffers and the
+        reference are copied to host memory, and so are the weights.
+
+        Args:
+            keep_weights: they stay, so that they can be published and score.
+
+        Returns:
+            bytes that were copied. What is in host memory already is not copied again.
+        """
+        weights = tensors_of_model(self.policy)
+        others = tensors_of_optimizer(self._engine.optimizer)
+        if self.reference is not None:
+            others += tensors_of_model(self.reference)
+        if keep_weights:
+            kept = {storage._cdata for storage in storages(weights)}
+            others = [t for t in others if t.untyped_storage()._cdata not in kept]
+        self._sleeps, self._has_weights = True, self._has_weights and keep_weights
+        return self._aside.put(others if keep_weights else others + weights)
+
+    def wake(self) -> int:
+        """Take back what :meth:`sleep` gave up, to the last bit; returns the bytes copied."""
+        self._sleeps, self._has_weights = False, True
+        return self._aside.restore()
+
+    def _check_awake(self, *, weights_suffice: bool = False) -> None:
+        if self._sleeps and not (weights_suffice and self._has_weights):
+            raise ValueError("the learner is asleep: call wake() first")
 
     def close(self) -> None:
         """Leave the process group. The learner can't be used after it."""
@@ -249,37 +339,69 @@ class Learner:
             old.append([*self.logprobs(rows)])
         return old
 
+    def _forward(
+        self, batch: PackedBatch, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies [M] of the row's tokens ``index``, without gradient."""
+        with torch.no_grad():
+            logprobs, entropy = self._engine(batch, index)
+        return logprobs, entropy
+
     def _loss_of(
-        self, row: PackedBatch, sums: MetricSums, old: torch.Tensor | None, *, first_update: bool
+        self,
+        row: PackedBatch,
+        sums: MetricSums,
+        old: torch.Tensor | None,
+        ref: torch.Tensor | None,
+        facts: UpdateFacts,
+        *,
+        first_update: bool,
     ) -> torch.Tensor:
         """The row's share of the objective.
 
         Args:
             old: with ``old_logprobs=recomputed``, the row's from before the first step [T]; None
                 in the first update.
+            ref: with ``reference=actor``, the reference's [T].
+            facts: of the row's whole update.
         """
         settings = self.settings.policy_loss
-        batch = on_device(row, self.device)
-        index = torch.nonzero(batch.weight > 0).squeeze(1)
+        whole = on_device(row, self.device)
+        batch, index = trained_index(whole, self.settings.off_policy, facts.policy_version)
+        ref_logprobs = self._ref_logprobs(batch, index, ref)
         logprobs, entropy = self._engine(batch, index, settings.entropy_coeff > 0)
-        ref_logprobs = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logprobs, _ = self.reference(batch, index)
-        old_logprobs = None  # as sampled
-        if self.settings.old_logprobs == "recomputed":
-            old_logprobs = logprobs.detach() if old is None else old.to(self.device)[index]
+        old_logprobs = ratio_logprobs(self.settings, logprobs, old, index)
+        batch = replace(batch, denominator=row.denominator * facts.scale)
         tokens = trained_tokens(batch, index, logprobs, entropy, ref_logprobs, old_logprobs)
-        result = objective(tokens, self._loss, settings)
+        view = policy_view(tokens, self.settings, facts.entropy)
+        seen = view.with_denominator(row.denominator * facts.policy_scale)
+        result = objective(tokens, self._loss, settings, seen)
         for name, share in result.sums.items():
             sums.add_rank_sum(name, share)
         sums.add_weighted(result.token_metrics, tokens.weight)
-        sums.add_sequences(result.sequence_metrics)
-        if first_update:
-            sampled = batch.behaviour_logprobs[index]
-            difference = (logprobs.detach().exp() - sampled.exp()).abs()
-            sums.add_difference("training/rollout_probs_diff", difference)
+        sums.add_sequences({**result.sequence_metrics, **view.sequence_metrics})
+        add_masked(sums, whole, view, self.settings)
+        if loss_traits(settings.name).uses_advantages:
+            add_ages(sums, whole.policy_version[whole.weight > 0], facts.policy_version)
+            if first_update:
+                add_mismatch(sums, tokens, view.correction)
         return result.loss
+
+    def _ref_logprobs(
+        self, batch: PackedBatch, index: torch.Tensor, given: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The reference's log-probabilities [M] of the tokens ``index``; None without a penalty."""
+        if not self.settings.has_reference:
+            return None
+        if self.settings.reference == "actor":
+            assert given is not None, "reference=actor: log-probs of the reference did not come"
+            return given.to(self.device)[index]
+        with torch.no_grad():
+            if self.reference is not None:
+                return self.reference(batch, index)[0]
+            assert self.policy.adapters is not None
+            with self.policy.adapters.off():
+                return self._engine(batch, index)[0]
 
     def _step(self) -> tuple[float, bool]:
         """Clip and take the optimiser step; skipped when the gradient is not finite. Returns the
@@ -301,17 +423,20 @@ class Learner:
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The model's state dict with whole tensors; under ZeRO-3 valid inside the context only."""
+        """The weights of the plain model that the policy is, whole; under ZeRO-3 valid inside the
+        context only.
+        """
+        with self._whole_state() as state:
+            yield self.policy.weights(state)
+
+    @contextlib.contextmanager
+    def _whole_state(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The model's own state dict with whole tensors."""
+        self._check_awake(weights_suffice=True)
         model = self.policy.model
         parameters = list(model.parameters()) if self._sharded else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._sharded):
             yield {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-    def _reference_digest(self) -> str:
-        """Digest of the reference's weights; empty without one."""
-        if self.reference is None:
-            return ""
-        return combine_digests(tensor_digests(dict(self.reference.model.state_dict())))
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -319,7 +444,8 @@ class Learner:
             "zero_stage": self.settings.zero_stage,
             "dtype": self.settings.dtype,
             "optimizer": self.settings.optimizer.name,
-            "reference": self._reference_digest(),
+            "lora": asdict(self.settings.lora) if self.settings.lora.is_on else None,
+            "reference": self.initial_digest,
             "num_optimizer_steps": self.num_optimizer_steps,
         }
 
@@ -352,19 +478,6 @@ def _join(settings: LearnerSettings, rank: int, world_size: int, init_method: st
         )
 
 
-def _load(
-    model_path: str, settings: LearnerSettings, *, gradient_checkpointing: bool = False
-) -> PolicyModel:
-    return load_policy(
-        model_path,
-        dtype=getattr(torch, settings.dtype),
-        logprob_chunk_size=settings.logprob_chunk_size,
-        fp32_lm_head=settings.fp32_lm_head,
-        gradient_checkpointing=gradient_checkpointing,
-        attention_kernel=settings.attention,
-    )
-
-
 def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
     buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     if settings.zero_stage == 3:
@@ -373,7 +486,7 @@ def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
     engine, _, _, _ = deepspeed.initialize(
         model=policy,
         optimizer=_make_optimizer(policy, settings.optimizer),
-        config=_engine_config(settings, sum(p.numel() for p in policy.parameters())),
+        config=_engine_config(settings, policy),
         dist_init_required=False,
     )
     for name, buffer in engine.module.named_buffers():
@@ -383,12 +496,11 @@ def _make_engine(policy: PolicyModel, settings: LearnerSettings) -> Any:
 
 
 def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     if settings.name == "sgd":
-        return torch.optim.SGD(
-            policy.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        policy.parameters(),
+        parameters,
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
@@ -396,7 +508,9 @@ def _make_optimizer(policy: PolicyModel, settings: OptimizerSettings) -> torch.o
     )
 
 
-def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, Any]:
+def _engine_config(settings: LearnerSettings, policy: PolicyModel) -> dict[str, Any]:
+    num_parameters = sum(p.numel() for p in policy.parameters())
+    num_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     bf16 = settings.dtype == "bfloat16"
     # DeepSpeed accumulates bfloat16 gradients in float32 from stage 1 on. On the same weights the
     # update of stage 1 equals that of stage 0.
@@ -409,8 +523,8 @@ def _engine_config(settings: LearnerSettings, num_parameters: int) -> dict[str, 
             "stage": stage,
             # DeepSpeed allocates whole buckets (2 GB by default), and keeps tensors of less than
             # 100,000 elements on every rank: a small model would not be sharded at all.
-            "reduce_bucket_size": min(int(5e8), num_parameters),
-            "allgather_bucket_size": min(int(5e8), num_parameters),
+            "reduce_bucket_size": min(int(5e8), num_trained),
+            "allgather_bucket_size": min(int(5e8), num_trained),
             "stage3_prefetch_bucket_size": min(int(5e7), num_parameters),
             "stage3_param_persistence_threshold": min(int(1e5), num_parameters // 100),
         },

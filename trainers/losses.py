@@ -28,6 +28,14 @@ __all__ = ["POLICY_LOSSES", "PolicyLoss", "LossTerms", "TrainedTokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LeftOut:
+    """Tokens that have no part in the responses of some of the leaves below them."""
+
+    tokens: torch.Tensor  # bool [M], that are left out
+    leaves: torch.Tensor  # bool [L], of whose responses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainedTokens:
     """The M tokens of a row that are trained on (weight > 0), and their row."""
 
@@ -40,13 +48,18 @@ class TrainedTokens:
     index: torch.Tensor  # int64 [M], of the token in the row
     batch: PackedBatch
     ref_logprobs: torch.Tensor | None = None  # [M], of the reference, if there is one
+    left_out: LeftOut | None = None
 
     def path_sums(self, values: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
         """Sum of ``values`` [M] over the trained tokens of the paths to ``leaves`` (int64 [N],
-        rows of the leaf table); [N], differentiable.
+        rows of the leaf table), without those that are left out; [N], differentiable.
         """
         ends = self.batch.leaf_token[leaves]
-        return path_sums(values, self.index, self.batch.visible_until, ends)
+        sums = path_sums(values, self.index, self.batch.visible_until, ends)
+        if self.left_out is None:
+            return sums
+        kept = path_sums(values * ~self.left_out.tokens, self.index, self.batch.visible_until, ends)
+        return torch.where(self.left_out.leaves[leaves], kept, sums)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,6 +91,9 @@ def trained_tokens(
 ) -> TrainedTokens:
     """The tokens ``index`` (int64 [M], those of weight > 0) of a row with what the policy says of
     them; the old log-probs are those of sampling unless given.
+
+    ``index`` may lack tokens of weight > 0 that are masked: a leaf's ``leaf_num_tokens`` is then
+    to be counted anew, see :func:`trainers.off_policy.trained_index`.
     """
     return TrainedTokens(
         logprobs=logprobs,

@@ -6,7 +6,8 @@ shards weights over ranks can gather them by its hooks.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainers import attention
 from trainers.batch import PackedBatch
 from trainers.logprobs import LogprobHead
+from trainers.lora_settings import LoraSettings
+
+if TYPE_CHECKING:
+    from trainers.lora import Adapters
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -27,6 +32,7 @@ class PolicyModel(torch.nn.Module):
         model: the transformers model, its head included.
         head: the same head, giving log-probabilities.
         attention_kernel: ``LearnerSettings.attention``.
+        adapters: what is trained in place of the weights; None with full training.
     """
 
     def __init__(
@@ -36,9 +42,11 @@ class PolicyModel(torch.nn.Module):
         logprob_chunk_size: int = 4096,
         fp32_lm_head: bool = False,
         attention_kernel: str = "auto",
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
         self.attention_kernel = attention_kernel
         lm_head = model.get_output_embeddings()
         if not isinstance(lm_head, torch.nn.Linear):
@@ -75,6 +83,14 @@ class PolicyModel(torch.nn.Module):
         hidden = self.hidden_states(batch)[predictor.clamp(min=0)]
         return self.head(hidden, batch.token_ids[index], batch.temperature[index], entropy_grad)
 
+    def weights(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of a plain model that computes the same.
+
+        Args:
+            state: ``self.model.state_dict()`` with whole tensors; without adapters it is this.
+        """
+        return dict(state) if self.adapters is None else self.adapters.merged(state)
+
 
 def load_policy(
     model_path: str,
@@ -84,13 +100,17 @@ def load_policy(
     fp32_lm_head: bool = False,
     gradient_checkpointing: bool = False,
     attention_kernel: str = "auto",
+    lora: LoraSettings | None = None,
 ) -> PolicyModel:
     """Load a folder or Hub name with packed-tree attention, as one function of its weights: in
     evaluation mode, without dropout, noise on routers or sampled experts.
 
+    Args:
+        lora: adapters to train in place of the weights.
+
     Raises:
-        ValueError: the model's attention can't be trained on packed trees, or ``attention_kernel``
-            can't work here.
+        ValueError: the model's attention can't be trained on packed trees, ``attention_kernel``
+            can't work here, or the model has no such layers as ``lora`` asks for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention.check_attention(attention_kernel, device, dtype)
@@ -110,11 +130,17 @@ def load_policy(
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # which is when it recomputes; its parts stay as they are
+    adapters = None
+    if lora is not None and lora.is_on:
+        from trainers.lora import Adapters  # peft takes a while to load
+
+        adapters = Adapters(model, lora)
     return PolicyModel(
         model,
         logprob_chunk_size=logprob_chunk_size,
         fp32_lm_head=fp32_lm_head,
         attention_kernel=attention_kernel,
+        adapters=adapters,
     )
 
 

@@ -37,14 +37,22 @@ class Objective:
 
 
 def objective(
-    tokens: TrainedTokens, policy_loss: PolicyLoss, settings: PolicyLossSettings
+    tokens: TrainedTokens,
+    policy_loss: PolicyLoss,
+    settings: PolicyLossSettings,
+    seen: TrainedTokens | None = None,
 ) -> Objective:
     """The objective of the row of ``tokens``; they need ``ref_logprobs`` for a KL penalty, and
     entropies with gradient for a bonus.
+
+    Args:
+        seen: what the policy loss sees of the tokens, with its own denominator, where that is not
+            all (see :mod:`trainers.policy_view`); KL and entropy are of ``tokens``.
     """
-    terms = policy_loss(tokens, settings)
+    seen = tokens if seen is None else seen
+    terms = policy_loss(seen, settings)
+    loss = terms.loss.sum() / seen.batch.denominator
     denominator = tokens.batch.denominator
-    loss = terms.loss.sum() / denominator
     sums = {"actor/pg_loss": loss.detach()}
     sequence_metrics = dict(terms.sequence_metrics)
     if settings.kl_loss_coef > 0:

@@ -108,9 +108,12 @@ def path_tree(token_ids: torch.Tensor) -> TokenTree:
     )
 
 
-def check_leaf_advantages(trees: Sequence[TokenTree], loss_name: str) -> None:
-    """Refuse trees whose tokens have other advantages than the leaves below them, for a loss that
-    reads the leaves' alone.
+def check_leaf_advantages(trees: Sequence[TokenTree], setting: str) -> None:
+    """Refuse trees whose tokens have other advantages than the leaves below them, for a loss or a
+    mask that reads the leaves' alone.
+
+    Args:
+        setting: that asks for it, with its value and what it does.
 
     Raises:
         ValueError: which advantages fit the loss.
@@ -127,10 +130,9 @@ def check_leaf_advantages(trees: Sequence[TokenTree], loss_name: str) -> None:
             # The records are float32.
             if (error > 1e-5 * of_leaves.abs().sum()).any():
                 raise ValueError(
-                    f"trainer.learner.policy_loss.name={loss_name!r} has one term a response, but "
-                    "these advantages differ from token to token of a response: choose an "
-                    "algorithm.adv_estimator that gives a response one advantage (treepo, grpo, "
-                    "rloo), or a loss of tokens (ppo_clip, cispo, reinforce)"
+                    f"trainer.learner.{setting}, but these advantages differ from token to token "
+                    "of a response: choose an algorithm.adv_estimator that gives a response one "
+                    "advantage (treepo, grpo, rloo)"
                 )
 
 

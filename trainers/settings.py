@@ -7,6 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from trainers.checks_of_settings import check as _check
+from trainers.checks_of_settings import one_of as _one_of
+from trainers.checks_of_settings import unused
+from trainers.lora_settings import LoraSettings
+from trainers.mpt_settings import MPTSettings
+from trainers.off_policy_settings import OffPolicySettings
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
 
@@ -14,6 +20,7 @@ DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "sgd")
 ATTENTIONS = ("auto", "sdpa", "flex", "flash")
 OLD_LOGPROBS = ("sampled", "recomputed")
+REFERENCES = ("own", "actor", "lora_off")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Estimators of KL(policy || reference) from a sampled token; see trainers/kl.py. verl's names for
@@ -210,9 +217,16 @@ class LearnerSettings:
     zero_stage: int = 0  # DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights sharded
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     policy_loss: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)  # adapters in place of full training
+    # who says the log-probs that a KL penalty is towards: own (a copy of the initial model on every
+    # rank) | actor (processes of their own: cluster.num_reference_workers) | lora_off (the model
+    # without its adapters: no copy)
+    reference: str = "own"
     # "old" log-probs of the ratio: sampled (the engine's) | recomputed (the learner's own before a
     # step's first update; one more forward for each further update)
     old_logprobs: str = "sampled"
+    off_policy: OffPolicySettings = field(default_factory=OffPolicySettings)
+    mpt: MPTSettings = field(default_factory=MPTSettings)
     max_tokens_per_micro_batch: int = 16384  # tokens of one packed row: bounds activation memory
     logprob_chunk_size: int = 4096  # tokens whose logits are alive at once
     fp32_lm_head: bool = False  # compute logits in float32 from bfloat16 weights and hidden states
@@ -225,27 +239,65 @@ class LearnerSettings:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("old_logprobs", self.old_logprobs, OLD_LOGPROBS)
-        if self.old_logprobs == "recomputed" and not self._traits.uses_old_logprobs:
-            users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
-            raise ValueError(
-                f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
-                f"{self.policy_loss.name!r}, which has no ratio: leave it out, or choose "
-                f"{' or '.join(users)}"
-            )
+        _one_of("reference", self.reference, REFERENCES)
+        self._check_reference()
+        self._check_old_logprobs()
+        if not self._traits.uses_advantages:
+            self._refuse_without_advantages()
         _check("zero_stage", self.zero_stage, self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         for name in ("max_tokens_per_micro_batch", "logprob_chunk_size", "init_timeout_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
         _check("num_threads", self.num_threads, self.num_threads >= 0, ">= 0 (0: torch's choice)")
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the objective has a KL penalty."""
+        return self.policy_loss.kl_loss_coef > 0
+
+    def _check_reference(self) -> None:
+        if self.reference == "own":
+            return
+        if not self.has_reference:
+            raise ValueError(
+                f"trainer.learner.reference={self.reference!r} is not used with "
+                "policy_loss.kl_loss_coef=0: set kl_loss_coef (such as 0.001), or leave reference "
+                "out"
+            )
+        if self.reference == "lora_off" and not self.lora.is_on:
+            raise ValueError(
+                "trainer.learner.reference='lora_off' needs adapters to switch off, but with "
+                "lora.rank=0 every weight is trained: set lora.rank (such as 32), or choose own "
+                "or actor"
+            )
+
+    @property
     def _traits(self) -> LossTraits:
         return loss_traits(self.policy_loss.name)
 
+    def _check_old_logprobs(self) -> None:
+        correction, loss = self.off_policy.correction, self.policy_loss.name
+        if correction != "none" and self.old_logprobs == "sampled":
+            raise ValueError(
+                f"trainer.learner.off_policy.correction={correction!r} weights tokens by their "
+                "recomputed over their sampled probability, and with old_logprobs='sampled' these "
+                "are the same (a loss's own ratio is then to the sampler): set "
+                "old_logprobs='recomputed', or leave the correction out"
+            )
+        if self.old_logprobs == "recomputed" and correction == "none":
+            if not self._traits.uses_old_logprobs:
+                users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
+                raise ValueError(
+                    f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
+                    f"{loss!r}, which has no ratio: leave it out, choose {' or '.join(users)}, or "
+                    "weight tokens with off_policy.correction, such as 'tis'"
+                )
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(name, value, value in allowed, f"one of {', '.join(allowed)}")
-
-
-def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"trainer.learner.{name}={value!r}: must be {allowed}")
+    def _refuse_without_advantages(self) -> None:
+        where = f"policy_loss.name={self.policy_loss.name!r}, which is supervised"
+        for name, value, default in (
+            ("off_policy.correction", self.off_policy.correction, "none"),
+            ("off_policy.mask_older_than", self.off_policy.mask_older_than, None),
+            ("mpt.gate", self.mpt.gate, "never"),
+        ):
+            if value != default:
+                raise unused(name, value, where, "leave it out, or choose ppo_clip, say")

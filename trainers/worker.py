@@ -1,4 +1,4 @@
-"""The learner rank as a worker: the class that becomes a Ray actor."""
+"""The learner rank and the reference as workers: the classes that become Ray actors."""
 
 from __future__ import annotations
 
@@ -48,8 +48,16 @@ class LearnerWorker:
 
         self.learner = Learner(model_path, settings, self.rank, self.world_size, init_method)
 
-    def update(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> dict[str, float]:
-        return self.learner.update(mini_batches)
+    def update(
+        self,
+        mini_batches: Sequence[Sequence[PackedBatch]],
+        ref_logprobs: Sequence[Sequence[Any]] | None = None,
+        policy_version: int = 0,
+    ) -> dict[str, float]:
+        return self.learner.update(mini_batches, ref_logprobs, policy_version)
+
+    def initial_digest(self) -> str:
+        return self.learner.initial_digest
 
     def score_paths(self, paths: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self.learner.score_paths(paths)
@@ -99,6 +107,12 @@ class LearnerWorker:
     def digest(self) -> str:
         return self.learner.digest()
 
+    def sleep(self, keep_weights: bool) -> int:
+        return self.learner.sleep(keep_weights=keep_weights)
+
+    def wake(self) -> int:
+        return self.learner.wake()
+
     def save(self, folder: str) -> None:
         self.learner.save(folder)
 
@@ -107,6 +121,27 @@ class LearnerWorker:
 
     def export_hf(self, folder: str) -> None:
         self.learner.export_hf(folder)
+
+
+class ReferenceWorker:
+    """A thin shell around :class:`trainers.reference.Reference`, for ``reference=actor``; make it
+    with ``ray.remote(ReferenceWorker)`` and call :meth:`setup`. The other methods are the
+    reference's.
+    """
+
+    def __init__(self) -> None:
+        self.reference: Any = None
+
+    def setup(self, model_path: str, settings: LearnerSettings) -> None:
+        from trainers.reference import Reference
+
+        self.reference = Reference(model_path, settings)
+
+    def digest(self) -> str:
+        return self.reference.digest()
+
+    def logprobs(self, mini_batches: Sequence[Sequence[PackedBatch]]) -> list[list[Any]]:
+        return self.reference.logprobs(mini_batches)
 
 
 def free_port(host: str = "") -> int:

@@ -11,6 +11,7 @@ from treepo.base.typed import check_types
 NORMALISATIONS = ("auto", "tree", "batch", "leaves", "tokens", "release", "none")
 LOSS_WEIGHTINGS = ("token_mean", "sequence_mean", "fixed_length")
 FILTER_METRICS = ("score", "acc")
+OVERLONG_RULES = ("keep", "zero", "mask")
 
 _OF_LEAVES = ("tree", "batch", "leaves", "tokens", "release", "none")
 _OF_SEGMENTS = ("tree", "batch", "tokens", "release", "none")
@@ -104,12 +105,17 @@ class AdvantageSettings:
     # with filter_groups: most batches of prompts that a step may sample until
     # trainer.train_batch_size of them have a signal (dynamic sampling of DAPO; TreePO's paper: 3)
     max_num_gen_batches: int = 1
+    # a response cut at rollout.max_response_length 'keep's its reward, gets the reward 0 ('zero';
+    # UloRL), or counts in its group but not in the loss ('mask'; DAPO's overlong filtering). DAPO's
+    # soft punishment is a part of the reward: reward.parts.length
+    overlong: str = "keep"
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm.")
         self._choice("normalisation", NORMALISATIONS)
         self._choice("loss_weighting", LOSS_WEIGHTINGS)
         self._choice("filter_groups_metric", FILTER_METRICS)
+        self._choice("overlong", OVERLONG_RULES)
         if not self.adv_eps > 0:
             raise ValueError(f"algorithm.adv_eps={self.adv_eps!r}: it must be > 0, such as 1e-6")
         self._check_normalisation()

@@ -60,7 +60,8 @@ def run_command(name: str, schema: type[C], work: Callable[[C, bool], None]) -> 
         except RunFailed as error:
             fail(error, code=1)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            words = "goes on from the last checkpoint, or begins anew if there is none"
+            print(f"interrupted; the same command {words}", file=sys.stderr)
             raise SystemExit(130) from None
 
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(task)()

@@ -23,6 +23,8 @@ from treepo.algorithm_settings import (
 )
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
+from treepo.pipelines import check_pipeline
+from treepo.segment_settings import SegmentSettings
 from treepo.tracking_settings import TrackingSettings
 
 ASSET_PREFIX = "asset:"
@@ -54,6 +56,10 @@ class TrainerConfig:
     shuffle_rewards: bool = (
         False  # control experiment: permute the batch's rewards among its leaves
     )
+    # sync: sample, learn, publish in turn | async: all at once; needs the segments' settings of
+    # trainer=async, cluster.colocate=false and a correction for tokens of older weights
+    pipeline: str = "sync"
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
 
     def __post_init__(self) -> None:
@@ -105,7 +111,15 @@ class ClusterConfig:
     cpus_per_learner_rank: float = 1.0
     gpus_per_rollout_worker: float = 0.0
     gpus_per_learner_rank: float = 0.0
+    # with trainer.learner.reference=actor: processes that hold the KL penalty's reference, beside
+    # those above
+    num_reference_workers: int = 0
+    cpus_per_reference_worker: float = 1.0
+    gpus_per_reference_worker: float = 0.0
     colocate: bool = True  # rollout and learner take turns on the same processors
+    # whoever has not the turn gives up its GPU memory: weights, keys and values, optimiser. Left
+    # out: with colocate, where both have GPUs
+    sleep: bool | None = None
     # how new weights reach the engines: object_store (shared memory of each machine, copied between
     # machines once), or group (broadcast over NCCL, or gloo where a GPU is shared or there is none)
     weight_transport: str = "object_store"
@@ -118,8 +132,22 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("num_rollout_workers", "num_learner_ranks"):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("cpus_per_rollout_worker", "cpus_per_learner_rank"):
+        require(
+            "cluster.num_reference_workers", self.num_reference_workers,
+            self.num_reference_workers >= 0, ">= 0",
+        )  # fmt: skip
+        for name in (
+            "cpus_per_rollout_worker",
+            "cpus_per_learner_rank",
+            "cpus_per_reference_worker",
+        ):
             require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
+        for name in (
+            "gpus_per_rollout_worker",
+            "gpus_per_learner_rank",
+            "gpus_per_reference_worker",
+        ):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) >= 0, ">= 0")
         require(
             "cluster.weight_transport", self.weight_transport,
             self.weight_transport in WEIGHT_TRANSPORTS, " or ".join(WEIGHT_TRANSPORTS),
@@ -128,6 +156,22 @@ class ClusterConfig:
             "cluster.weight_timeout_seconds", self.weight_timeout_seconds,
             self.weight_timeout_seconds > 0, "> 0",
         )  # fmt: skip
+        if self.sleep and not self.colocate:
+            raise ValueError(
+                "cluster.sleep=true is for samplers and learners that take turns, but with "
+                "cluster.colocate=false they work at the same time: leave sleep out, or set "
+                "cluster.colocate=true"
+            )
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether samplers and learners give up memory in turns."""
+        return self.shares_gpus if self.sleep is None else self.sleep
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether a rollout worker and a learner rank are on the same GPU."""
+        return self.colocate and self.gpus_per_rollout_worker > 0 < self.gpus_per_learner_rank
 
 
 @dataclass
@@ -166,17 +210,48 @@ class TrainConfig:
                 f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
                 "train on; lower the one or raise the other"
             )
+        self._check_reference()
+        if self.cluster.sleeps and self.engine.keeps_kv and not self.engine.kv_on_host:
+            raise ValueError(
+                "engine.kv_over_update=keep leaves keys and values in the pool, whose memory is "
+                "given up for every update (cluster.sleep): set engine.kv_on_host=true, or "
+                "cluster.sleep=false"
+            )
+        if self.engine.keeps_kv and not self.trainer.segments.is_on:
+            raise ValueError(
+                "engine.kv_over_update=keep is for trees that go on after an update, and with "
+                "trainer.segments.segment_length=0 none does: set "
+                "trainer.segments.segment_length, or leave kv_over_update out"
+            )
         name, strategy = strategy_settings(self)
         self._check_lengths(strategy)
         check_uses_advantages(self.trainer.learner.policy_loss.name)
         check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
+        check_masks(self.algorithm, self.trainer.learner)
         check_forks(self.algorithm, name, strategy)
+        check_segments(self, strategy)
+        check_pipeline(self)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
             raise ValueError(
                 f"trainer.learner.optimizer.lr_warmup_steps={warmup} is not less than the run's "
                 f"{updates} updates: lower it, or raise trainer.total_steps"
+            )
+
+    def _check_reference(self) -> None:
+        workers, reference = self.cluster.num_reference_workers, self.trainer.learner.reference
+        if reference == "actor" and not workers:
+            raise ValueError(
+                "trainer.learner.reference='actor' needs processes that hold the reference, but "
+                "cluster.num_reference_workers=0: set it to 1 or more, or choose "
+                "trainer.learner.reference=own"
+            )
+        if workers and reference != "actor":
+            raise ValueError(
+                f"cluster.num_reference_workers={workers} is not used with "
+                f"trainer.learner.reference={reference!r}: leave it out, or set "
+                "trainer.learner.reference=actor"
             )
 
     def _check_lengths(self, strategy: Any) -> None:
@@ -232,6 +307,31 @@ def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
         )
 
 
+def check_masks(algorithm: AdvantageSettings, learner: LearnerSettings) -> None:
+    """Masks of tokens fit the advantages and what the loss is divided by.
+
+    Raises:
+        ValueError: MPT masking with advantages of segments; masked tokens are to leave a
+            denominator that counts no tokens.
+    """
+    gate, estimator = learner.mpt.gate, algorithm.adv_estimator
+    if gate != "never" and estimator_traits(estimator).is_node_level:
+        raise ValueError(
+            f"trainer.learner.mpt.gate={gate!r} masks a response's share of a token, but "
+            f"algorithm.adv_estimator={estimator!r} gives all responses of a segment one advantage "
+            "together: set trainer.learner.mpt.gate='never', or choose one of the estimators "
+            f"{', '.join(leaf_level_estimators())}"
+        )
+    for name, masks in (("off_policy", learner.off_policy), ("mpt", learner.mpt)):
+        if algorithm.loss_weighting == "fixed_length" and not masks.masked_in_denominator:
+            raise ValueError(
+                f"trainer.learner.{name}.masked_in_denominator=False takes masked tokens out of "
+                "the number of tokens that the loss is divided by, and "
+                "algorithm.loss_weighting='fixed_length' divides by a constant: leave it out, or "
+                "set algorithm.loss_weighting='token_mean'"
+            )
+
+
 def check_uses_advantages(policy_loss: str) -> None:
     """A loss without advantages would train on every response alike, right or wrong.
 
@@ -266,6 +366,23 @@ def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any)
         f"segment below the prompt, and with {cause} there are none, so every advantage would be "
         f"0: choose algorithm.adv_estimator='grpo', or {mend}"
     )
+
+
+def check_segments(config: TrainConfig, strategy: Any) -> None:
+    """
+    Raises:
+        ValueError: segments that do not fit the rollout, or further batches in a step of them.
+    """
+    segments, algorithm = config.trainer.segments, config.algorithm
+    segments.check_against(n=strategy.n, max_response_length=strategy.max_response_length)
+    if segments.is_on and algorithm.max_num_gen_batches > 1:
+        raise ValueError(
+            f"algorithm.max_num_gen_batches={algorithm.max_num_gen_batches} asks for further "
+            "batches of prompts within a step, and with trainer.segments.segment_length="
+            f"{segments.segment_length} a step grows every prompt by one segment alone: set "
+            "algorithm.max_num_gen_batches=1 and trainer.segments.train_on=full_batch, under which "
+            "an update waits until trainer.train_batch_size groups with a signal are there"
+        )
 
 
 def check_group(algorithm: AdvantageSettings, strategy: Any) -> None:

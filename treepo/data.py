@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,56 @@ def reasoning_gym_rows(settings: DataSettings) -> Iterator[Row]:
 @DATA_SOURCES.register("file")
 def file_rows(settings: DataSettings) -> Iterator[Row]:
     """Rows of local files."""
+    return (parsed(raw, settings) for raw in raw_file_rows(settings))
+
+
+@DATA_SOURCES.register("hub")
+def hub_rows(settings: DataSettings) -> Iterator[Row]:
+    """Rows of a data set of the Hugging Face Hub, or of a local folder of data files."""
+    return (parsed(raw, settings) for raw in raw_hub_rows(settings))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row as it stands in its source.
+
+    Attributes:
+        columns: as they were read, unchecked.
+        where: file and line, for errors.
+        origin: the file; "" where there is none.
+        data_source: for a row that names none.
+    """
+
+    columns: Any
+    id: str
+    where: str
+    origin: str
+    data_source: str
+
+
+def parsed(raw: RawRow, settings: DataSettings) -> Row:
+    """The problem that a row holds.
+
+    Raises:
+        ValueError: of ``parse_row``.
+    """
+    return parse_row(
+        raw.columns,
+        id=raw.id,
+        where=raw.where,
+        row_format=settings.row_format,
+        data_source=raw.data_source,
+    )
+
+
+def raw_file_rows(settings: DataSettings) -> Iterator[RawRow]:
+    """Rows of local files as they stand there."""
     names = Counter(Path(file).name for file in settings.files)
     for file in settings.files:
         path = Path(file).expanduser()
         if not path.is_file():
             raise ValueError(f"data.files: {file!r} does not exist (from {Path.cwd()})")
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+        readers = {".jsonl": read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if path.suffix not in readers:
             raise ValueError(
                 f"data.files: {file!r} must end in one of {', '.join(readers)} to be read"
@@ -180,18 +225,17 @@ def file_rows(settings: DataSettings) -> Iterator[Row]:
         # The same id wherever the file lies, unless two have one name.
         label = path.name if names[path.name] == 1 else file
         for index, (where, row) in enumerate(readers[path.suffix](path)):
-            yield parse_row(
-                row,
+            yield RawRow(
+                columns=row,
                 id=f"{label}:{index}",
                 where=where,
-                row_format=settings.row_format,
+                origin=file,
                 data_source=settings.data_source or path.stem,
             )
 
 
-@DATA_SOURCES.register("hub")
-def hub_rows(settings: DataSettings) -> Iterator[Row]:
-    """Rows of a data set of the Hugging Face Hub, or of a local folder of data files."""
+def raw_hub_rows(settings: DataSettings) -> Iterator[RawRow]:
+    """Rows of a data set as they stand there."""
     import datasets
 
     try:
@@ -207,11 +251,11 @@ def hub_rows(settings: DataSettings) -> Iterator[Row]:
             f"split={settings.split!r}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
     for index, row in enumerate(rows):
-        yield parse_row(
-            row,
+        yield RawRow(
+            columns=row,
             id=f"{settings.name}/{settings.split}:{index}",
             where=f"{settings.name}, split {settings.split}, row {index}",
-            row_format=settings.row_format,
+            origin="",
             data_source=settings.data_source or settings.name,
         )
 
@@ -246,24 +290,37 @@ def _take(rows: Iterator[Row], most: int) -> list[Row]:
     return taken
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, value) of each line that is not blank."""
+    with _utf8(path), path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}:{number}", _json(line, f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    with _utf8(path):
+        text = path.read_text(encoding="utf-8")
+    rows = _json(text, str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
     for index, row in enumerate(rows):
         yield f"{path}, row {index}", row
 
 
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error.reason}); convert it") from error
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{where}: lists or objects are nested too deeply to be a row") from error
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"

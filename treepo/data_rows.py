@@ -19,7 +19,7 @@ _EXPECTED = (
     "(GSM8K)"
 )
 _VERL_COLUMNS = ("data_source", "prompt", "reward_model", "extra_info")
-_TRUTH_COLUMNS = ("ground_truth", "solution", "answer", "label")  # TRL has no name for it
+TRUTH_COLUMNS = ("ground_truth", "solution", "answer", "label")  # TRL has no name for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def _verl(row: Mapping[str, Any], where: str) -> _Parsed:
 def _trl(row: Mapping[str, Any], where: str) -> _Parsed:
     _need(row, ("prompt",), "TRL", where)
     extra = {key: value for key, value in row.items() if key not in ("prompt", "data_source")}
-    truth = next((row[key] for key in _TRUTH_COLUMNS if row.get(key) is not None), None)
+    truth = next((row[key] for key in TRUTH_COLUMNS if row.get(key) is not None), None)
     return row["prompt"], str(row.get("data_source") or ""), truth, extra
 
 

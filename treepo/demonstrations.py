@@ -7,12 +7,18 @@ given probability it is forgotten, note and all, and the chain goes on from the 
 too, and knows the right way well enough to be rewarded for it. The note gives "remember to carry"
 one place in the text, so that reward can teach it for all sums at once rather than for each pair of
 numbers.
+
+Long chains can be numbered, ``7 (2) + 15 (3) - 1``, and are then answered likewise,
+``7 (2) + 15 = '22 (3) - 1 = 21``: so that "which term is next?" is a matter of finding a number and
+not of counting, and only adding is left to go wrong. The slips can be confined to some terms, so
+that in a sum of a hundred they stay few.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Collection
 
 ANSWER_MARKER = "#### "
 CARRY_NOTE = "'"
@@ -57,20 +63,53 @@ def carries_or_borrows(a: int, b: int) -> bool:
     return add_without_carry(a, b) != a + b
 
 
-def demonstrate(question: str, *, error_prob: float, rng: random.Random) -> str:
+def term_label(index: int) -> str:
+    """What stands before the operator of term ``index``, counted from 1, in a numbered chain."""
+    return f" ({index})"
+
+
+def number_terms(question: str) -> str:
+    """``question`` with the terms of its last chain numbered: ``7 + 15 - 4`` becomes
+    ``7 (2) + 15 (3) - 4``.
+
+    Raises:
+        ValueError: there is no chain, see :func:`parse_chain`.
+    """
+    (_, first), *steps = parse_chain(question)
+    *_, chain = _CHAIN.finditer(question)
+    numbered = str(first) + "".join(
+        f"{term_label(index)} {operator} {number}"
+        for index, (operator, number) in enumerate(steps, start=2)
+    )
+    return question[: chain.start()] + numbered + question[chain.end() :]
+
+
+def demonstrate(
+    question: str,
+    *,
+    error_prob: float,
+    rng: random.Random,
+    error_terms: Collection[int] = (),
+    numbered: bool = False,
+) -> str:
     """A worked answer to the chain sum in ``question``; always right where ``error_prob`` is 0.
 
     Args:
+        question: its terms not numbered.
         error_prob: probability that a step with a carry or a borrow forgets it.
-        rng: drawn from once for every such step, whatever ``error_prob`` is.
+        rng: drawn from once for every step that may forget, whatever ``error_prob`` is.
+        error_terms: only steps that add or take one of these forget; empty: any.
+        numbered: give each step the number of its term.
     """
     (_, total), *steps = parse_chain(question)
     text = str(total)
-    for operator, number in steps:
+    for index, (operator, number) in enumerate(steps, start=2):
         term = number if operator == "+" else -number
         carries = carries_or_borrows(total, term)
-        forgets = carries and rng.random() < error_prob
+        may_forget = carries and (not error_terms or number in error_terms)
+        forgets = may_forget and rng.random() < error_prob
         total = add_without_carry(total, term) if forgets else total + term
+        label = term_label(index) if numbered else ""
         note = CARRY_NOTE if carries and not forgets else ""
-        text += f" {operator} {number} = {note}{total}"
+        text += f"{label} {operator} {number} = {note}{total}"
     return f"{text}\n{ANSWER_MARKER}{total}"

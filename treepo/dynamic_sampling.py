@@ -22,6 +22,7 @@ from treepo.advantages import FilterCounts, ScoredTree, filter_groups, scored_tr
 from treepo.algorithm_settings import AdvantageSettings
 from treepo.data import Problem
 from treepo.data_order import DataPosition, ProblemOrder
+from treepo.overlong import overlong_in_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,9 +47,13 @@ class GenBatch:
             ledger=self.ledger + other.ledger,
         )
 
-    def groups(self) -> list[ScoredTree]:
+    def groups(self, overlong: str) -> list[ScoredTree]:
+        """For the estimators. ``overlong``: the rule for responses that were cut."""
         pairs = zip(self.trees, self.verdicts, strict=True)
-        return [scored_tree(tree, verdicts) for tree, verdicts in pairs]
+        return [
+            scored_tree(tree, verdicts, overlong_in_loss(tree, overlong))
+            for tree, verdicts in pairs
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,6 +75,15 @@ class StepBatch:
     returned: list[Problem]
     num_gen_batches: int
     after: DataPosition
+
+    @property
+    def settled(self) -> GenBatch:
+        """The groups that are trained on, filtered or given back: all."""
+        return self.sampled
+
+    @property
+    def why_nothing_is_kept(self) -> str:
+        return "the responses of every prompt score the same"
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -97,7 +111,7 @@ def gather(
     problems, position = order.next_batch(position, size)
     sampled, batches = draw(0, problems), 1
     while True:
-        groups = sampled.groups()
+        groups = sampled.groups(settings.overlong)
         informative, counts = filter_groups(groups, metric)
         wanted = further_prompts(counts.num_kept, counts.num_groups, size)
         wanted = min(wanted, len(order.problems) - len(groups))

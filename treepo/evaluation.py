@@ -338,7 +338,7 @@ def _sample(
         detail=result.detail,
         finish_reason=item.finish_reason,
         num_tokens=item.num_tokens,
-        policy_version=tree.segments[leaf].policy_version,
+        policy_version=int(tree.segments[leaf].policy_versions.max(initial=0)),
         token_ids=tree.path_token_ids(leaf, with_prompt=False).tolist(),
     )
 

@@ -48,7 +48,8 @@ def evaluate_checkpoint(config: EvaluateConfig, source: ModelSource) -> Evaluati
     if not strategy.stop_token_ids:
         strategy = replace(strategy, stop_token_ids=stop_token_ids(model_path, tokenizer))
     passes = evaluation_passes(config, config.sampling_seed)
-    with RewardPool(config.reward) as rewards, Cluster(config=config.cluster) as cluster:
+    alone = replace(config.cluster, num_reference_workers=0)  # nothing is learned here
+    with RewardPool(config.reward) as rewards, Cluster(config=alone) as cluster:
         console.print("loading the model", highlight=False)
         cluster.start_rollout(model_path, config.engine, config.model.tokenizer)
         cluster.wait_until_ready()

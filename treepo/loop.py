@@ -6,10 +6,11 @@ evaluate and to save, and goes on with a run that was cut short.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.off_policy_settings import AlarmSettings
 from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.cli import differing_keys, to_yaml, typed_overrides
 from treepo.config import TrainConfig
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 
 
 # Settings that a run may be resumed with other values of.
-MAY_CHANGE = ("resume_mode", "output_dir", "trainer.total_steps", "trainer.keep_checkpoints")
+MAY_CHANGE = (
+    "resume_mode",
+    "output_dir",
+    "trainer.total_steps",
+    "trainer.keep_checkpoints",
+    *(f"trainer.learner.off_policy.alarms.{alarm.name}" for alarm in fields(AlarmSettings)),
+)
 
 
 def train(config: TrainConfig) -> RunFolder:

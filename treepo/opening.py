@@ -28,6 +28,7 @@ from treepo.config import (
 from treepo.data import Problem, ProblemOrder, load_problems
 from treepo.held_out import load_splits
 from treepo.hub import local_model
+from treepo.pools import POOLS_FILE, Pools, load_pools
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
 from treepo.session import Session
@@ -73,7 +74,15 @@ def load_inputs(config: TrainConfig) -> Inputs:
         settings = replace(settings, stop_token_ids=stop_token_ids(model_path, tokenizer))
     if isinstance(settings, TreePOSettings):
         settings = with_answer_source(settings, config.model.tokenizer or model_path)
-    STRATEGIES.get(name)(settings)  # its rules and user code can be loaded
+    strategy = STRATEGIES.get(name)(settings)  # its rules and user code can be loaded
+    if config.trainer.segments.group_policy == "finished_part" and not hasattr(
+        strategy, "finished_part"
+    ):
+        raise ValueError(
+            f"trainer.segments.group_policy='finished_part' needs a rollout strategy with a method "
+            f"finished_part(state), and rollout.strategy={name!r} has none: add it (see "
+            "rollout/strategies/base.py), or set trainer.segments.group_policy=wait_all"
+        )
     batch = config.trainer.train_batch_size
     if batch > len(problems):
         raise ValueError(
@@ -116,6 +125,7 @@ def open_session(
     """
     order = ProblemOrder(inputs.problems, seed=config.seed)
     state = read_state(checkpoint) if checkpoint else initial_state(config, order)
+    pools = read_pools(config, checkpoint)
     progress.stage("starting the workers")
     with (
         RewardPool(config.reward, wait=False) as rewards,
@@ -149,7 +159,26 @@ def open_session(
             splits=inputs.splits,
             golden=golden_sequences(inputs.problems),
             state=state,
+            pools=pools,
         )
+
+
+def read_pools(config: TrainConfig, checkpoint: Path | None) -> Pools:
+    """What waits between two steps, as it was saved; at the beginning and without segments nothing.
+
+    Raises:
+        ValueError: another version wrote it, or it is damaged; says which file, and what to do.
+    """
+    if checkpoint is None or not config.trainer.segments.is_on:
+        return Pools()
+    file = checkpoint / POOLS_FILE
+    try:
+        return load_pools(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Move {checkpoint} away to go on from the checkpoint "
+            "before it, or begin a new run with resume_mode=disable"
+        ) from error
 
 
 def initial_state(config: TrainConfig, order: ProblemOrder) -> RunState:

@@ -27,7 +27,10 @@ SHOWN = (
     ("reward", "critic/rewards/mean", "{:.3f}"),
     ("accuracy", "critic/accuracy", "{:.3f}"),
     ("response length", "response_length/mean", "{:.1f}"),
+    ("unfinished", "rollout/num_unfinished", "{:.0f}"),
     ("tokens/s", "perf/throughput", "{:,.0f}"),
+    ("sampler idle", "pipeline/rollout_idle_frac", "{:.0%}"),
+    ("learner idle", "pipeline/learner_idle_frac", "{:.0%}"),
 )
 CURVE = "critic/accuracy"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -84,8 +87,8 @@ class Progress:
 
     def stage(self, name: str) -> None:
         """Say what is being done now."""
-        self._stage = name
-        if self._live is None and self._step == 0 and not self._curve:
+        is_new, self._stage = name != self._stage, name
+        if self._live is None and is_new and self._step == 0 and not self._curve:
             self._line(name)  # before the first step a line tells that something is happening
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -109,9 +109,7 @@ def _lay_out(group: ScoredTree, advantages: TreeAdvantages, rows: np.ndarray) ->
         behaviour_logprobs=_tensor(_concatenate(segments, "logprobs"), np.float32),
         sampling_logprobs=_tensor(_concatenate(segments, "sampling_logprobs"), np.float32),
         temperature=torch.full((len(owner),), logprob_temperature(tree)),
-        policy_version=_tensor(
-            np.repeat([segment.policy_version for segment in segments], counts), np.int64
-        ),
+        policy_version=_tensor(_concatenate(segments, "policy_versions"), np.int64),
         leaf_token=_tensor(layout.last[leaves], np.int64),
         leaf_advantage=_tensor(advantages.leaf_advantage[rows], np.float32),
         leaf_weight=_tensor(advantages.leaf_weight[rows], np.float32),

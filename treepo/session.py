@@ -4,12 +4,10 @@ export.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,28 @@ from rewards.pool import RewardPool
 from rewards.records import RewardResult
 from rollout.tree import Tree
 from trainers.batch import TokenTree
-from treepo.advantages import estimate
+from treepo.advantages import ScoredTree
+from treepo.alarms import alarm_of
+from treepo.asynchronous import AsyncRun
+from treepo.base.errors import RunFailed
 from treepo.base.keys import root_key
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cluster import Cluster
 from treepo.config import TrainConfig
 from treepo.data import Problem, ProblemOrder
 from treepo.data_order import DataPosition
-from treepo.dynamic_sampling import GenBatch, StepBatch, gather
+from treepo.drawing import draw_batches, draw_segments
+from treepo.dynamic_sampling import GenBatch, StepBatch
 from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate, require_a_verdict
 from treepo.held_out import evaluation_passes, sample_flat
+from treepo.lesson import Lesson, prepare_lesson
+from treepo.overlong import overlong_verdicts
+from treepo.package_versions import package_versions
+from treepo.pools import POOLS_FILE, Pools, dump_pools
 from treepo.progress import Progress
 from treepo.run_folder import RunFolder
-from treepo.samples import token_trees
-from treepo.step import has_gradient, make_prompts, mini_batches, reward_items, shuffle_verdicts
+from treepo.segmented import SegmentBatch
+from treepo.step import reward_items, shuffle_verdicts
 from treepo.step_metrics import reward_metrics, rollout_metrics, tree_metrics
 from treepo.sync import publish_weights
 from treepo.text import Decoder
@@ -50,6 +56,8 @@ class Session:
         splits: held-out problems by name.
         golden: token sequences that prove every publication.
         state: where the run stands.
+        pools: what waits between two steps of segmented rollout.
+        asynchronous: what runs on between two steps of the asynchronous pipeline.
     """
 
     config: TrainConfig
@@ -64,6 +72,8 @@ class Session:
     splits: Mapping[str, Sequence[Problem]]
     golden: Sequence[np.ndarray]
     state: RunState
+    pools: Pools = field(default_factory=Pools)
+    asynchronous: AsyncRun | None = None
     timings: dict[str, float] = field(default_factory=dict)
     last_look: float = field(default_factory=time.monotonic)
 
@@ -80,99 +90,144 @@ class Session:
         Returns:
             The step's metrics.
         """
+        if self.config.trainer.pipeline == "async":
+            self.asynchronous = self.asynchronous or AsyncRun(self)
+            return self.asynchronous.step()
         began, self.timings = time.monotonic(), {}
         step = self.state.step + 1
-        batch = gather(
-            lambda number, problems: self.draw(step, number, problems),
-            self.order,
-            DataPosition.of(self.state.data_position),
-            self.config.trainer.train_batch_size,
-            self.config.algorithm,
-        )
-        sampled = batch.sampled
-        # Of the whole step: a further batch of dynamic sampling may be a single prompt.
-        require_a_verdict(
-            [(v.has_verdict, v.detail) for of_tree in sampled.verdicts for v in of_tree]
-        )
-        metrics = rollout_metrics(sampled.trees, sampled.ledger)
-        metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
-        metrics |= batch.metrics() | self.learn(step, batch)
+        position = DataPosition.of(self.state.data_position)
+        batch: StepBatch | SegmentBatch
+        if self.config.trainer.segments.is_on:
+            batch = draw_segments(self, step, position)
+            self.pools = batch.pools
+        else:
+            batch = draw_batches(self, step, position)
+        metrics = self.describe(batch) | self.learn(step, batch)
         self.state = replace(self.state, step=step, data_position=batch.after)
-        seconds = time.monotonic() - began
-        metrics["timing_s/step"] = seconds
-        metrics |= {f"timing_s/{name}": spent for name, spent in self.timings.items()}
-        metrics["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
-        metrics["training/policy_version"] = float(self.state.policy_version)
-        metrics["training/epoch"] = float(batch.after.epoch)
-        return metrics
+        return metrics | self.time_metrics(metrics, time.monotonic() - began)
 
-    def draw(self, step: int, number: int, problems: list[Problem]) -> GenBatch:
-        """Grow one tree a problem under the weights in force, and judge its leaves.
+    def describe(self, batch: StepBatch | SegmentBatch) -> dict[str, float]:
+        """Metrics of what a step sampled.
+
+        Raises:
+            RunFailed: hardly a response has a verdict.
+        """
+        sampled = batch.sampled
+        self.check_verdicts(sampled)
+        metrics = rollout_metrics(sampled.trees, sampled.ledger)
+        if sampled.trees:
+            metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)
+        metrics["training/epoch"] = float(batch.after.epoch)
+        return metrics | batch.metrics()
+
+    def check_verdicts(self, sampled: GenBatch) -> None:
+        """
+        Raises:
+            RunFailed: not a response has a verdict. Not of few prompts: their verifier may fail
+                where others don't.
+        """
+        if 2 * len(sampled.trees) >= self.config.trainer.train_batch_size:
+            require_a_verdict(
+                [(v.has_verdict, v.detail) for of_tree in sampled.verdicts for v in of_tree]
+            )
+
+    def time_metrics(self, metrics: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """
+        Args:
+            metrics: of the step, without these.
+            seconds: that it took.
+        """
+        found = {f"timing_s/{name}": spent for name, spent in self.timings.items()}
+        found["timing_s/step"] = seconds
+        found["perf/throughput"] = metrics["rollout/trajectory_tokens"] / seconds
+        found["training/policy_version"] = float(self.state.policy_version)
+        return found | self.cluster.turn_metrics()
+
+    def judge(
+        self, problems: Sequence[Problem], trees: Sequence[Tree], number: int = 0
+    ) -> list[list[RewardResult]]:
+        """A verdict for every leaf, by tree.
 
         Args:
-            number: of the batch in the step, from 0: names its random draws.
+            number: of the batch in the step, from 0: names the control experiment's shuffle.
         """
-        where = ("train", step, number) if number else ("train", step)
-        prompts = make_prompts(problems, self.config.seed, *where)
-        self.progress.stage("sampling trees")
-        with self.clock("gen"):
-            trees, ledger = self.cluster.sample(prompts, *self.strategy, self.state.policy_version)
-        verdicts = self.judge(problems, trees)
-        if self.config.trainer.shuffle_rewards:
-            names = (self.config.seed, "shuffle", self.state.step)
-            key = root_key(*names, number) if number else root_key(*names)
-            verdicts = shuffle_verdicts(verdicts, key)
-        return GenBatch(problems=problems, trees=trees, verdicts=verdicts, ledger=ledger)
-
-    def judge(self, problems: Sequence[Problem], trees: Sequence[Tree]) -> list[list[RewardResult]]:
-        """A verdict for every leaf, by tree."""
         self.progress.stage("judging responses")
         with self.clock("reward"):
             items = [
                 reward_items(tree, problem, self.decoder)
                 for tree, problem in zip(trees, problems, strict=True)
             ]
-            verdicts = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
-            by_tree = [[next(verdicts) for _ in of_tree] for of_tree in items]
-        return by_tree
+            scored = iter(self.rewards.score([item for of_tree in items for item in of_tree]))
+            verdicts = [
+                overlong_verdicts(
+                    tree, [next(scored) for _ in of_tree], self.config.algorithm.overlong
+                )
+                for tree, of_tree in zip(trees, items, strict=True)
+            ]
+        if self.config.trainer.shuffle_rewards:
+            names = (self.config.seed, "shuffle", self.state.step)
+            key = root_key(*names, number) if number else root_key(*names)
+            verdicts = shuffle_verdicts(verdicts, key)
+        return verdicts
 
-    def learn(self, step: int, batch: StepBatch) -> dict[str, float]:
+    def learn(self, step: int, batch: StepBatch | SegmentBatch) -> dict[str, float]:
         """Advantages, the update and the publication of its outcome. A batch that leaves nothing
         to follow is skipped: no update, no new version, and a metric and a line that say so.
         """
-        algorithm, trainer = self.config.algorithm, self.config.trainer
-        with self.clock("adv"):
-            advantages = estimate(batch.kept, algorithm)
-            if trainer.save_trees_freq and step % trainer.save_trees_freq == 0:
-                by_problem = {
-                    group.tree.problem_id: values
-                    for group, values in zip(batch.kept, advantages, strict=True)
-                }
-                sampled = batch.sampled
-                write_trees(
-                    self.run.trees_file(step),
-                    sampled.trees,
-                    sampled.verdicts,
-                    by_problem,
-                    self.decoder,
-                )
-            trees = token_trees(batch.kept, advantages, drop_untrained=True)
-        if not has_gradient(trees, self.config):
-            self.progress.say(f"step {step} skipped: {_why_skipped(batch, trees)}")
-            return {"training/skipped_steps": 1.0}
+        lesson = self.prepare(step, batch.kept)
+        self.write_trees(step, batch.settled, lesson)
+        if not lesson.mini_batches:
+            return self.skip(step, batch, lesson)
         self.progress.stage("learning")
         with self.clock("update_actor"):
-            key = root_key(self.config.seed, "mini-batches", step)
-            length = self.strategy[1].max_response_length
-            metrics = self.cluster.update(mini_batches(trees, self.config, length, key))
-        self.state = replace(self.state, policy_version=self.state.policy_version + 1)
+            metrics = self.cluster.update(lesson.mini_batches, self.state.policy_version)
+        metrics = self.accept(step, lesson, metrics)
         self.progress.stage("publishing weights")
-        trained = sum(tree.num_tokens for tree in trees)
-        metrics["training/trained_tokens"] = float(trained * trainer.ppo_epochs)
-        return metrics | self.publish() | {"training/skipped_steps": 0.0}
+        return metrics | self.publish()
+
+    def prepare(self, step: int, kept: Sequence[ScoredTree]) -> Lesson:
+        """Advantages of the groups to train on, and the learner's batches."""
+        with self.clock("adv"):
+            return prepare_lesson(kept, self.config, step, self.strategy[1].max_response_length)
+
+    def write_trees(self, step: int, settled: GenBatch, lesson: Lesson) -> None:
+        """The step's file of trees, if it is to have one."""
+        frequency = self.config.trainer.save_trees_freq
+        if frequency and step % frequency == 0:
+            with self.clock("adv"):
+                write_trees(
+                    self.run.trees_file(step),
+                    settled.trees,
+                    settled.verdicts,
+                    lesson.by_problem,
+                    self.decoder,
+                )
+
+    def skip(self, step: int, batch: StepBatch | SegmentBatch, lesson: Lesson) -> dict[str, float]:
+        """The step ends without an update."""
+        self.progress.say(f"step {step} skipped: {_why_skipped(batch, lesson.trees)}")
+        return {"training/skipped_steps": 1.0}
+
+    def accept(self, step: int, lesson: Lesson, metrics: dict[str, float]) -> dict[str, float]:
+        """The learner has made its update: the state has a new policy version, if no alarm rings.
+
+        Raises:
+            RunFailed: an alarm on the mismatch of sampler and learner.
+        """
+        trainer = self.config.trainer
+        if alarm := alarm_of(metrics, trainer.learner.off_policy.alarms, step):
+            self.tracker.log(step, metrics)  # the row that shows it
+            raise RunFailed(alarm)
+        self.state = replace(self.state, policy_version=self.state.policy_version + 1)
+        return metrics | {
+            "training/trained_tokens": float(lesson.num_tokens * trainer.ppo_epochs),
+            "training/skipped_steps": 0.0,
+        }
 
     def evaluate(self) -> Evaluation:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
+        if self.asynchronous is not None:
+            self.asynchronous.drain()
         self.progress.stage("evaluating on held-out problems")
         with self.clock("testing"):
             result = evaluate(
@@ -203,6 +258,8 @@ class Session:
         def write(folder: Path) -> None:
             self.cluster.on_learners("save", str(folder / "learner"))
             self.cluster.on_learners("export_hf", str(folder / "hf"))
+            if self.config.trainer.segments.is_on:
+                (folder / POOLS_FILE).write_bytes(dump_pools(self.pools))
 
         self.state = replace(
             self.state,
@@ -210,9 +267,13 @@ class Session:
             digest=self.cluster.on_learners("digest")[0],
             tracking=self.tracker.state(),
         )
-        return save_checkpoint(
+        folder = save_checkpoint(
             self.run.checkpoints, self.state, write, self.config.trainer.keep_checkpoints
         )
+        if self.asynchronous is None:
+            # A resumed run computes keys and values anew, which rounds otherwise than those cached.
+            self.cluster.drop_cache()
+        return folder
 
     def export(self) -> Path:
         """Write the Hugging Face folder of the finished model."""
@@ -232,7 +293,8 @@ class Session:
             "seconds": self.state.seconds + self._seconds_since_last_look(),
             "digest": self.state.digest,
             "model": str(self.run.export),
-            "versions": versions(),
+            "versions": package_versions(),
+            **({"pipeline": self.asynchronous.summary()} if self.asynchronous else {}),
         }
 
     @contextmanager
@@ -248,22 +310,9 @@ class Session:
         return spent
 
 
-def _why_skipped(batch: StepBatch, trees: Sequence[TokenTree]) -> str:
-    if not batch.counts.num_kept:
-        return "the responses of every prompt score the same, so there is nothing to learn"
+def _why_skipped(batch: StepBatch | SegmentBatch, trees: Sequence[TokenTree]) -> str:
+    if not batch.kept:
+        return f"{batch.why_nothing_is_kept}, so there is nothing to learn"
     if not trees:
         return "no response is trained on"
     return "every advantage is 0, so there is nothing to learn"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's numbers may depend on."""
-    packages = ("treepo", "torch", "transformers", "deepspeed", "ray", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except ModuleNotFoundError:  # run from a source tree that is not installed
-        return "source tree"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from rewards.reasoning_gym import make_dataset
 from trainers.batch import TokenTree
@@ -25,10 +26,12 @@ from trainers.learner import Learner
 from trainers.packing import pack, path_tree
 from trainers.settings import LearnerSettings
 from treepo.base.keys import root_key
-from treepo.demonstrations import demonstrate
+from treepo.config import resolve_model_path
+from treepo.demonstrations import demonstrate, number_terms
+from treepo.hub import local_model
 from treepo.progress import clock_time
 from treepo.sft_settings import DemonstrationSettings, SFTSettings
-from treepo.tiny_model import build_model, build_tokenizer
+from treepo.tiny_model import PHRASES, build_model, build_tokenizer, numbered_phrases
 
 RECENT = 20  # steps that the shown loss is the mean of
 Report = Callable[[int, float], None]  # called with the step and the recent loss
@@ -45,9 +48,9 @@ class SFTResult:
 
 
 def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
-    """Train a fresh tiny model on demonstrations and write it, with its tokenizer, to
-    ``settings.output``. The learner's process group stays open: DeepSpeed can't be set up twice
-    with different ones in a process.
+    """Train a model on demonstrations and write it, with its tokenizer, to ``settings.output``. The
+    learner's process group stays open: DeepSpeed can't be set up twice with different ones in a
+    process.
 
     Raises:
         ValueError: ``settings.output`` already holds something, or settings of the data that its
@@ -59,13 +62,11 @@ def train_sft(settings: SFTSettings, report: Report) -> SFTResult:
             f"output={settings.output!r}: the folder is not empty; name another, or remove it"
         )
     began = time.monotonic()
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed=root_key(settings.seed, "weights"), **vars(settings.model))
     pairs = demonstrations(settings.data, settings.seed, settings.steps * settings.batch_size)
     with tempfile.TemporaryDirectory(prefix="treepo-sft-") as initial:
-        model.save_pretrained(initial)
-        tokenizer.save_pretrained(initial)
-        learner = Learner(initial, _with_total_steps(settings.learner, settings.steps))
+        folder = _initial_model(settings, initial)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        learner = Learner(folder, _with_total_steps(settings.learner, settings.steps))
         losses: deque[float] = deque(maxlen=RECENT)
         for step in range(1, settings.steps + 1):
             batch = [
@@ -93,13 +94,11 @@ def demonstrations(
     settings: DemonstrationSettings, seed: int, count: int
 ) -> Iterator[tuple[str, str]]:
     """``count`` pairs of a question and its worked answer, the same for the same seed."""
+    names = ("min_terms", "max_terms", "min_value", "max_value", "median_terms", "log_sd")
     generator = make_dataset(
         "chain_sum",
         {
-            "min_terms": settings.min_terms,
-            "max_terms": settings.max_terms,
-            "min_value": settings.min_value,
-            "max_value": settings.max_value,
+            **{name: getattr(settings, name) for name in names},
             # The library adds a row's index to the seed: far apart, so that no two seeds share rows
             "seed": root_key(seed, "questions") % 2**48,
             "size": count,
@@ -108,7 +107,32 @@ def demonstrations(
     slips = random.Random(root_key(seed, "slips"))
     for index in range(count):
         question = generator[index]["question"]
-        yield question, demonstrate(question, error_prob=settings.error_prob, rng=slips)
+        answer = demonstrate(
+            question,
+            error_prob=settings.error_prob,
+            rng=slips,
+            error_terms=settings.error_terms,
+            numbered=settings.numbered,
+        )
+        yield number_terms(question) if settings.numbered else question, answer
+
+
+def _initial_model(settings: SFTSettings, scratch: str) -> str:
+    """Folder of the model to train; a fresh one is written to ``scratch``."""
+    if settings.start_from:
+        return local_model(resolve_model_path(settings.start_from))
+    tokenizer = build_tokenizer(phrases(settings.data))
+    model = build_model(tokenizer, seed=root_key(settings.seed, "weights"), **vars(settings.model))
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return scratch
+
+
+def phrases(settings: DemonstrationSettings) -> Sequence[str]:
+    """The texts that are one token each for a model taught by these demonstrations."""
+    if not settings.numbered:
+        return PHRASES
+    return numbered_phrases(settings.max_terms, range(settings.min_value, settings.max_value + 1))
 
 
 def to_sequence(tokenizer: Any, question: str, answer: str) -> TokenTree:

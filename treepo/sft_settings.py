@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rewards.chain_sum_settings import check_term_counts
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
 
 
@@ -19,6 +20,8 @@ class TinyModelSettings:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    # base of the rotary frequencies: the larger, the more of a head finds its match at any distance
+    rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -38,7 +41,13 @@ class DemonstrationSettings:
     max_terms: int = 6
     min_value: int = 1  # of a term
     max_value: int = 20
+    # number of terms: 0: each from min_terms to max_terms alike; else lognormal with this median
+    median_terms: float = 0.0
+    log_sd: float = 0.0  # of the lognormal: standard deviation of the logarithm
+    # terms and steps have numbers, each of which is one token, as is an operator with its term
+    numbered: bool = False
     error_prob: float = 0.6  # with which a step that carries or borrows forgets it
+    error_terms: list[int] = field(default_factory=list)  # with which alone; empty: all
 
     def __post_init__(self) -> None:
         _require("data.min_terms", self.min_terms, self.min_terms >= 2, ">= 2")
@@ -46,6 +55,15 @@ class DemonstrationSettings:
         _require("data.min_value", self.min_value, self.min_value >= 0, ">= 0")
         _require("data.max_value", self.max_value, self.max_value >= self.min_value, ">= min_value")
         _require("data.error_prob", self.error_prob, 0 <= self.error_prob <= 1, "in [0, 1]")
+        if self.median_terms or self.log_sd:
+            check_term_counts(self.min_terms, self.max_terms, self.median_terms, self.log_sd)
+        for term in self.error_terms:
+            _require(
+                "data.error_terms",
+                self.error_terms,
+                self.min_value <= term <= self.max_value,
+                f"terms that occur: {self.min_value} to {self.max_value} (min_value, max_value)",
+            )
 
 
 def _learner() -> LearnerSettings:
@@ -61,6 +79,8 @@ class SFTSettings:
     """Everything the supervised command is told."""
 
     output: str = "outputs/sft"  # folder of the finished model; must not hold one yet
+    # a model to go on from, with its tokenizer: folder, Hub name, or asset:NAME; empty: a fresh one
+    start_from: str = ""
     seed: int = 0  # of the initial weights, the problems and the slips
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # demonstrations a step
@@ -70,9 +90,18 @@ class SFTSettings:
 
     def __post_init__(self) -> None:
         _require("output", self.output, bool(self.output), "a folder")
+        if self.start_from and self.model != TinyModelSettings():
+            raise ValueError(
+                f"model={self.model} is not used with start_from={self.start_from!r}, a model that "
+                "has its shape: leave model.* out, or start_from for a fresh one"
+            )
         _require("seed", self.seed, self.seed >= 0, ">= 0")
         _require("steps", self.steps, self.steps >= 1, ">= 1")
         _require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        if self.learner.reference == "actor":
+            raise ValueError(
+                "learner.reference='actor': this command has one process; choose own or lora_off"
+            )
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -87,9 +87,12 @@ def mini_batches(
         ValueError: the policy loss is of whole responses, and the advantages are not.
     """
     trainer = config.trainer
-    loss_name = trainer.learner.policy_loss.name
+    loss_name, gate = trainer.learner.policy_loss.name, trainer.learner.mpt.gate
     if is_sequence_level(loss_name):
-        check_leaf_advantages(trees, loss_name)
+        setting = f"policy_loss.name={loss_name!r} has one term a response"
+        check_leaf_advantages(trees, f"{setting}, unlike ppo_clip, cispo and reinforce")
+    elif gate != "never":
+        check_leaf_advantages(trees, f"mpt.gate={gate!r} masks a response's share of a token")
     wanted = trainer.train_batch_size // trainer.ppo_mini_batch_size
     updates: list[list[list[PackedBatch]]] = []
     for epoch in range(trainer.ppo_epochs):

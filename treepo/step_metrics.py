@@ -12,7 +12,7 @@ from rewards.pool import count_outcomes
 from rewards.records import RewardResult
 from rollout.metrics import CostLedger
 from rollout.tree import TRUNCATED, Tree
-from treepo.advantages import leaf_num_tokens
+from treepo.advantages import ScoredTree, leaf_num_tokens
 
 
 def rollout_metrics(trees: Sequence[Tree], ledger: CostLedger) -> dict[str, float]:
@@ -84,3 +84,23 @@ def reward_metrics(verdicts: Sequence[Sequence[RewardResult]]) -> dict[str, floa
         values = [verdict.parts[part] for verdict in judged if part in verdict.parts]
         metrics[f"reward/part/{part}"] = float(np.mean(values))
     return metrics
+
+
+def version_metrics(groups: Sequence[ScoredTree]) -> dict[str, float]:
+    """How many policy versions the tokens of a response are of, over the responses that an update
+    trains on. (How old the tokens are is measured in the learner.)
+    """
+    counts = []
+    for group in groups:
+        tree = group.tree
+        trains = group.valid if group.in_loss is None else group.valid & group.in_loss
+        for leaf in np.array(tree.leaves)[trains]:
+            path = [tree.segments[index] for index in tree.path(leaf)]
+            of_path = [segment.policy_versions for segment in path if segment.sampled]
+            counts.append(len(np.unique(np.concatenate(of_path))))
+    if not counts:
+        return {}
+    return {
+        "training/versions_per_response/mean": float(np.mean(counts)),
+        "training/versions_per_response/max": float(max(counts)),
+    }

@@ -8,12 +8,56 @@ cannot see: right bytes used wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trainers.weight_sync import check_digests, check_probes
+from treepo.base.digest import WeightManifest
 from treepo.cluster import Cluster
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Weights:
+    """A published set, for engines that load it when they can.
+
+    Attributes:
+        digests: that an engine must find.
+        arrays: where the object store has them.
+        golden_logprobs: the learner's, of the golden sequences, each without its first token.
+    """
+
+    version: int
+    manifest: WeightManifest
+    digests: Mapping[str, int]
+    arrays: Any
+    golden_logprobs: Sequence[np.ndarray]
+
+
+def prove_arrival(
+    name: str,
+    weights: Weights,
+    digests: Mapping[str, int],
+    scores: Sequence[np.ndarray],
+    engine_dtype: str,
+) -> float:
+    """Both proofs for one engine.
+
+    Args:
+        name: of the engine.
+        digests: that it found.
+        scores: log-probabilities that it computed of the golden sequences, float32 [n] each.
+
+    Returns:
+        the largest difference of a golden log-probability.
+
+    Raises:
+        trainers.weight_sync.WeightSyncError: a proof failed.
+    """
+    check_digests(weights.digests, {name: digests})
+    return check_probes(weights.golden_logprobs, {name: [row[1:] for row in scores]}, engine_dtype)
 
 
 def publish_weights(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from treepo.demonstrations import term_label
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -35,6 +37,15 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '" + ASSISTANT_TOKEN + "' }}{%- endif -%}"
 )
+
+
+def numbered_phrases(max_terms: int, values: Sequence[int]) -> tuple[str, ...]:
+    """Phrases for numbered chains of up to ``max_terms`` terms out of ``values``: a term's number,
+    and its operator with its value. The first term has neither.
+    """
+    labels = (term_label(index) for index in range(2, max_terms + 1))
+    steps = (f" {operator} {value}" for operator in "+-" for value in values)
+    return (*PHRASES, *labels, *steps)
 
 
 def build_tokenizer(phrases: Sequence[str] = PHRASES) -> PreTrainedTokenizerFast:
@@ -72,6 +83,7 @@ def build_model(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 32,
+    rope_theta: float = 10_000.0,
     seed: int = 0,
 ) -> Qwen3ForCausalLM:
     """A freshly initialised Qwen3 (float32, tied embeddings) for ``tokenizer``."""
@@ -87,6 +99,7 @@ def build_model(
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         initializer_range=0.05,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -7,10 +7,11 @@ A line has ``problem_id``, ``temperature``, ``counters`` (branches, fallbacks, r
   segment that a fallback cut inside share it), ``text`` (of the segment alone,
   without special tokens; a character cut by its end shows as the replacement character),
   ``token_ids``, ``logprobs`` (under the temperature alone), ``sampling_logprobs`` (under the
-  behaviour policy), ``sampled`` (false: prompt or forced), ``version`` (of the policy),
-  ``finish_reason``, and what is trained: ``weight``, ``advantage_pos``, ``advantage_neg`` (sums
-  over the leaves below, see ``treepo.advantages``) and ``advantage`` (their sum over the weight;
-  null where nothing is trained).
+  behaviour policy), ``sampled`` (false: prompt or forced), ``version`` (of the
+  oldest weights that drew a token of it), ``version_runs`` (``[version, tokens]`` of each stretch
+  drawn under one version, in order), ``finish_reason``, and what is trained: ``weight``,
+  ``advantage_pos``, ``advantage_neg`` (sums over the leaves below, see ``treepo.advantages``) and
+  ``advantage`` (their sum over the weight; null where nothing is trained).
 * ``leaves``, one a trajectory: ``node`` (index of its last segment), ``text`` (of the whole
   response), ``num_tokens``, ``reward`` (null without a verdict), ``parts``, ``outcome``,
   ``correct``, ``answer``, ``detail``, ``advantage`` (where an estimator gives each segment its own:
@@ -23,8 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from rewards.records import RewardResult
 from rollout.tree import Tree
@@ -103,7 +107,8 @@ def _node(
         "logprobs": _rounded(segment.logprobs),
         "sampling_logprobs": _rounded(segment.sampling_logprobs),
         "sampled": segment.sampled,
-        "version": segment.policy_version,
+        "version": min(segment.policy_versions.tolist(), default=0),
+        "version_runs": _runs(segment.policy_versions),
         "finish_reason": segment.finish_reason,
         **_node_advantage(index, advantages),
     }
@@ -141,6 +146,11 @@ def _leaf(
         "advantage": float(advantages.leaf_advantage[order]) if advantages else None,
         "weight": float(advantages.leaf_weight[order]) if advantages else None,
     }
+
+
+def _runs(versions: np.ndarray) -> list[list[int]]:
+    """[version, how many tokens] of each stretch of one version."""
+    return [[int(version), len([*of_it])] for version, of_it in groupby(versions.tolist())]
 
 
 def _rounded(values: Any) -> list[float]:

@@ -30,7 +30,7 @@ def prompt_segment(prompt: Prompt) -> Segment:
         logprobs=zeros,
         sampling_logprobs=zeros,
         sampled=False,
-        policy_version=0,
+        policy_versions=np.zeros(len(token_ids), dtype=np.int32),
     )
 
 
@@ -45,7 +45,7 @@ def sampled_segment(result: ExtendResult, finish_reason: str) -> Segment:
         logprobs=result.logprobs,
         sampling_logprobs=result.sampling_logprobs,
         sampled=True,
-        policy_version=result.policy_version,
+        policy_versions=result.policy_versions,
         finish_reason=finish_reason,
     )
 
@@ -150,6 +150,7 @@ def _piece(segment: Segment, parent: int, start: int, end: int) -> Segment:
         token_ids=segment.token_ids[start:end],
         logprobs=segment.logprobs[start:end],
         sampling_logprobs=segment.sampling_logprobs[start:end],
+        policy_versions=segment.policy_versions[start:end],
         finish_reason=segment.finish_reason if end == segment.num_tokens else "",
     )
 

@@ -38,6 +38,10 @@ class Prompt:
 class Strategy(Protocol):
     """See the module. ``State`` is the strategy's own frozen record; it has ``segments``, the arena
     so far.
+
+    A strategy may also have ``finished_part(state) -> Tree``: the trajectories that a growing tree
+    has finished, each a leaf of the final tree too, whose last segment keeps its path key. Training
+    on parts of groups needs it.
     """
 
     def start(self, prompt: Prompt) -> tuple[Any, list[ExtendRequest]]: ...

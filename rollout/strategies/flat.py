@@ -71,16 +71,22 @@ class Flat:
         outstanding, received = collect(state.outstanding, state.received, results)
         if outstanding:
             return replace(state, outstanding=outstanding, received=received), []
-        segments = [sampled_segment(r, EOS if drew_stop(r) else TRUNCATED) for r in received]
-        arena = (*state.segments, *segments)
+        arena = (*state.segments, *map(_response, received))
         return replace(state, segments=arena, outstanding=(), received=()), []
 
     def tree(self, state: FlatState) -> Tree | None:
-        if state.outstanding:
-            return None
+        return None if state.outstanding else self.finished_part(state)
+
+    def finished_part(self, state: FlatState) -> Tree:
+        """The responses that are finished, as a tree."""
+        segments = (*state.segments, *map(_response, state.received))
         return Tree(
             problem_id=state.problem_id,
-            segments=state.segments,
-            leaves=leaves(state.segments),
+            segments=segments,
+            leaves=leaves(segments),
             temperature=self.settings.temperature,
         )
+
+
+def _response(result: ExtendResult) -> Segment:
+    return sampled_segment(result, EOS if drew_stop(result) else TRUNCATED)

@@ -123,8 +123,15 @@ class TreePO:
         return self._next_level(state, received)
 
     def tree(self, state: TreePOState) -> Tree | None:
-        if state.outstanding:
-            return None
+        return None if state.outstanding else self._tree(state)
+
+    def finished_part(self, state: TreePOState) -> Tree:
+        """The trajectories that ended in complete levels, as a tree. They stay leaves of the
+        finished tree under the same path keys; a fallback may cut them, and go on from there.
+        """
+        return self._tree(state).pruned()
+
+    def _tree(self, state: TreePOState) -> Tree:
         return Tree(
             problem_id=state.problem_id,
             segments=state.segments,

@@ -22,6 +22,7 @@ RATIOS = {
     "tree_vs_flat": {"trajectories_per_s", "tokens_per_s", "query_tokens", "kv_over_unique"},
     "tree_training": {"speedup", "token_ratio", "flat_overhead", "gradient_error"},
     "weight_sync": {"vs_tensors", "private_bytes_over_weights"},
+    "segment_rollout": {f"{kind}_{n}" for kind in ("speedup", "iterations") for n in (2, 4, 8)},
     "host_overhead": {"host_share", "host_and_sampling_share"},
 }
 
@@ -77,6 +78,16 @@ def test_the_measurement_of_host_work_runs_and_its_shares_are_shares(tmp_path):
     report = quick_run("host_overhead", tmp_path)
     for running, share in report["ratios"]["host_share"].items():
         assert 0 < share < report["ratios"]["host_and_sampling_share"][running] < 1
+
+
+@pytest.mark.long
+def test_the_benchmark_of_segments_runs_and_takes_fewer_iterations(tmp_path):
+    report = quick_run("segment_rollout", tmp_path)
+    assert all(gate["passed"] for gate in report["gates"])
+    runs = report["counts"]["runs"]
+    assert {run["generated_tokens"] for run in runs.values()} == {
+        report["counts"]["trained_tokens"]
+    }
 
 
 @pytest.mark.long

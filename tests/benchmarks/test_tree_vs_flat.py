@@ -70,7 +70,7 @@ def test_distinct_prefixes_are_those_of_a_trie():
             logprobs=zeros,
             sampling_logprobs=zeros,
             sampled=True,
-            policy_version=0,
+            policy_versions=np.zeros(len(ids), np.int32),
         )
 
     # paths 5 6 7 8, 5 6 7 9 and 5 6 4: without their last tokens 5, 5 6, 5 6 7

@@ -95,9 +95,10 @@ def test_static_steps_give_the_tokens_and_log_probs_of_the_plain_path(family):
 def test_a_reload_of_the_pools_memory_drops_what_points_into_the_old_one():
     engine = make_engine("qwen2", static=True)
     first = decode(engine)
-    engine.sleep()
-    engine.wake()
     steps = dict(engine._forward.steps._steps)
+    engine.sleep()
+    assert steps and not engine._forward.steps._steps  # their memory is given up
+    engine.wake()
     again = decode(engine)
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in first]
     assert not set(map(id, steps.values())) & set(map(id, engine._forward.steps._steps.values()))

@@ -8,6 +8,7 @@ import torch
 from tiny_models import path_logprobs, tiny_model
 from tiny_tokenizers import of_pieces
 
+from rollout.growth import Growth, GrowthLimits
 from rollout.metrics import CostLedger
 from rollout.settings import EngineSettings
 from rollout.strategies.base import Prompt
@@ -51,6 +52,18 @@ def test_trees_come_in_the_order_of_the_prompts_with_their_costs(worker):
     assert worker.ping() == 3
 
 
+def test_trees_are_grown_in_pieces_in_the_order_of_the_work(worker):
+    trees, costs = worker.sample(prompts(), "flat", SETTINGS, 0)
+    limits = GrowthLimits(segment_length=4)
+    first, some = worker.grow(prompts(), "flat", SETTINGS, 0, limits)
+    assert [type(tree) for tree in first] == [Growth] * 3 and some.generated_tokens == 3 * 2 * 4
+    second, more = worker.grow(first[::-1], "flat", SETTINGS, 0, limits, [1.0, 2.0, 3.0])
+    assert more.generated_tokens == 3 * 2 * 2
+    assert all(a.same_tokens(b) for a, b in zip(second[::-1], trees, strict=True))
+    with pytest.raises(ValueError, match="holds weights of version 0, not 1"):
+        worker.grow(first, "flat", SETTINGS, 1, limits)
+
+
 def test_a_stale_worker_and_one_with_unconfirmed_weights_refuse_work(worker):
     with pytest.raises(ValueError, match="holds weights of version 0, not 1"):
         worker.sample(prompts(), "flat", SETTINGS, 1)
@@ -67,7 +80,7 @@ def test_a_stale_worker_and_one_with_unconfirmed_weights_refuse_work(worker):
     worker.confirm(1)
     assert worker.policy_version() == 1
     trees, _ = worker.sample(prompts(), "flat", SETTINGS, 1)
-    assert {s.policy_version for t in trees for s in t.segments if s.sampled} == {1}
+    assert {v for t in trees for s in t.segments if s.sampled for v in s.policy_versions} == {1}
 
 
 def test_a_worker_whose_weight_load_failed_refuses_work(worker):

@@ -11,12 +11,12 @@ from tiny_models import VOCABULARY, path_logprobs, tiny_model
 
 from rollout.engine import Engine
 from rollout.extend import ExtendSpec
-from rollout.scheduler import generate, generate_all, num_unique_tokens
+from rollout.scheduler import generate, generate_all
 from rollout.settings import EngineSettings
 from rollout.strategies.arena import sampled_segment
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
-from rollout.tree import Tree
+from rollout.tree import Tree, num_unique_tokens
 from treepo.base.keys import root_key
 
 STOP = 4
@@ -159,12 +159,8 @@ def test_a_path_too_long_for_the_pool_is_one_clear_error_and_leaves_nothing_behi
 def test_an_engine_path_that_differs_from_the_record_is_caught():
     engine = make_engine()
     strategy = STRATEGIES.get("treepo")(TREE)
-    inner = engine.append
-
-    def cutting(node, token_ids):
-        return inner(node, token_ids[:-1]) if len(token_ids) > 1 else inner(node, token_ids)
-
-    engine.append = cutting
+    inner = engine.prefill
+    engine.prefill = lambda token_ids: inner(token_ids[:-1])
     with pytest.raises(AssertionError, match="differs from the recorded"):
         list(generate(engine, strategy, prompts()))
 

@@ -139,7 +139,7 @@ def grow_resumed(name, prompt, seed):
                 logprobs=completion.logprobs,
                 sampling_logprobs=completion.sampling_logprobs,
                 finish_reason=completion.finish_reason,
-                policy_version=completion.policy_version,
+                policy_versions=completion.policy_versions,
                 entropy=completion.entropy,
             )
             for request, completion in zip(requests, found, strict=True)

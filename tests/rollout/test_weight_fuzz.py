@@ -141,7 +141,7 @@ class Life:
         for tree in trees:
             for index, segment in enumerate(tree.segments):
                 if segment.sampled:
-                    assert segment.policy_version == self.held
+                    assert (segment.policy_versions == self.held).all()
                     fresh = path_logprobs(model, tree.path_token_ids(index))
                     own = fresh[len(fresh) - segment.num_tokens :]
                     gap = np.abs(own - segment.logprobs).max(initial=0.0)
@@ -215,7 +215,7 @@ def test_the_same_for_long(folder, models):
 def test_the_oracle_notices_an_engine_that_keeps_the_cache_of_older_weights(
     folder, models, monkeypatch
 ):
-    def keep_all(store, policy_version, keep=()):
+    def keep_all(store, policy_version, keep=(), resting=()):
         store.policy_version = policy_version
 
     root = RadixTree.root

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from token_trees import random_tree, token_tree
 
-from trainers.batch import PackedBatch
+from trainers.batch import PackedBatch, TokenTree
 from trainers.learner import Learner
+from trainers.lora_settings import LoraSettings
+from trainers.mpt_settings import MPTSettings
+from trainers.off_policy_settings import OffPolicySettings
 from trainers.packing import pack_row, total_weight
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
 
@@ -20,14 +25,42 @@ SEQUENCE_LOSS = PolicyLossSettings(
 )
 
 
-def learner_settings(policy_loss: PolicyLossSettings, zero_stage: int = 0) -> LearnerSettings:
+NEWEST = 5  # policy version
+LORA = LoraSettings(rank=3, alpha=6)
+
+
+def drawn_trees(count: int, seed: int = 0) -> list[TokenTree]:
+    rng = random.Random(seed)
+    return [token_tree(random_tree(rng)) for _ in range(count)]
+
+
+def learner_settings(
+    policy_loss: PolicyLossSettings, zero_stage: int = 0, lora: LoraSettings | None = None
+) -> LearnerSettings:
+    if lora is not None:  # with the reference that only adapters can give
+        settings = learner_settings(policy_loss, zero_stage)
+        return replace(settings, lora=lora, reference="lora_off")
+    masks: dict[str, Any] = {}
+    if policy_loss.name == "gspo":
+        # each kind of old log-probs with one of the losses, and masks that ask of whole updates
+        masks = {
+            "old_logprobs": "recomputed",
+            "off_policy": OffPolicySettings(
+                correction="icepop",
+                band=[0.2, 5.0],
+                mask_older_than=1,
+                masked_in_denominator=False,
+            ),
+            "mpt": MPTSettings(
+                gate="batch", min_prob=0.3, max_entropy=3.0, masked_in_denominator=False
+            ),
+        }
     return LearnerSettings(
         zero_stage=zero_stage,
         optimizer=SETTINGS,
         policy_loss=policy_loss,
-        # each kind with one of the losses
-        old_logprobs="recomputed" if policy_loss.name == "gspo" else "sampled",
         init_timeout_s=60,
+        **masks,
     )
 
 
@@ -39,6 +72,8 @@ def dealt_rows(rank: int, world_size: int, accumulation: int) -> list[list[Packe
     updates = []
     for count in (4, 5):
         trees = [token_tree(random_tree(rng, branch=rng.randint(1, 3))) for _ in range(count)]
+        for tree in trees:
+            tree.policy_version.copy_(NEWEST - torch.arange(tree.num_tokens) % 3)
         rows: list[list] = [[] for _ in range(world_size * accumulation)]
         for number, tree in enumerate(trees):
             rows[0 if number < count // 2 else number % len(rows)].append(tree)
@@ -55,26 +90,27 @@ def run(
     cases: Sequence[tuple[int, int]],
     folder: str,
     policy_loss: PolicyLossSettings,
+    lora: LoraSettings | None = None,
 ) -> None:
     """For each (ZeRO stage, accumulation): two SGD updates, then save the weights and metrics; at
     last a checkpoint's round trip.
     """
     torch.set_num_threads(1)
     for zero_stage, accumulation in cases:
-        settings = learner_settings(policy_loss, zero_stage)
+        settings = learner_settings(policy_loss, zero_stage, lora)
         learner = Learner(model_path, settings, rank, world_size, init_method)
-        metrics = learner.update(dealt_rows(rank, world_size, accumulation))
+        metrics = learner.update(dealt_rows(rank, world_size, accumulation), policy_version=NEWEST)
         tensors = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
         digest = learner.digest()
         name = f"{folder}/zero{zero_stage}_accumulation{accumulation}"
         learner.save(name)
         update = dealt_rows(rank, world_size, 1)[:1]
-        learner.update(update)
+        learner.update(update, policy_version=NEWEST)
         final = learner.digest()
         resumed = Learner(model_path, settings, rank, world_size, init_method)
         resumed.load(name)
         assert resumed.digest() == digest
-        resumed.update(update)
+        resumed.update(update, policy_version=NEWEST)
         assert resumed.digest() == final
         learner.export_hf(f"{name}/export")
         torch.save(

@@ -89,9 +89,11 @@ def test_an_update_without_trained_tokens_has_denominator_one():
 
 
 def test_advantages_that_differ_within_a_response_are_refused_for_a_loss_of_responses():
-    tree = trees_of(1)[0]
-    check_leaf_advantages([tree], "gspo")
+    tree, setting = trees_of(1)[0], "policy_loss.name='gspo' has one term a response"
+    check_leaf_advantages([tree], setting)
     trained = torch.nonzero(tree.weight > 0).squeeze(1)
     tree.advantage_pos[trained[3]] += 0.5
-    with pytest.raises(ValueError, match="name='gspo' has one term a response.*ppo_clip"):
-        check_leaf_advantages([tree], "gspo")
+    with pytest.raises(
+        ValueError, match="learner.policy_loss.name='gspo' has one term.*adv_estimator"
+    ):
+        check_leaf_advantages([tree], setting)

@@ -19,13 +19,13 @@ def model_path(tmp_path_factory):
     return save_tiny_model(folder, "qwen3", tie_word_embeddings=True)
 
 
-def run_ranks(world_size, model_path, cases, folder, policy_loss):
+def run_ranks(world_size, model_path, cases, folder, policy_loss, lora=None):
     context = multiprocessing.get_context("spawn")
     address = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     ranks = [
         context.Process(
             target=rank_program.run,
-            args=(rank, world_size, address, model_path, cases, str(folder), policy_loss),
+            args=(rank, world_size, address, model_path, cases, str(folder), policy_loss, lora),
         )
         for rank in range(world_size)
     ]
@@ -39,14 +39,18 @@ def run_ranks(world_size, model_path, cases, folder, policy_loss):
     assert [process.exitcode for process in ranks] == [0] * world_size
 
 
-def check_ranks(world_size, model_path, cases, folder, policy_loss):
+def check_ranks(world_size, model_path, cases, folder, policy_loss, lora=None):
     """Every rank of every case against one rank with one row, ZeRO 0."""
-    reference = Learner(model_path, rank_program.learner_settings(policy_loss))
+    reference = Learner(model_path, rank_program.learner_settings(policy_loss, lora=lora))
     start = {name: tensor.clone() for name, tensor in reference.state_tensors().items()}
-    metrics = reference.update(rank_program.dealt_rows(0, 1, 1))
+    rows = rank_program.dealt_rows(0, 1, 1)
+    metrics = reference.update(rows, policy_version=rank_program.NEWEST)
+    if policy_loss is rank_program.SEQUENCE_LOSS:
+        for mask in ("old", "correction", "mpt"):
+            assert 0.005 < metrics[f"actor/{mask}_masked_frac"] < 0.9, mask
     expected = reference.state_tensors()
     assert max((expected[n] - start[n]).abs().max() for n in expected) > 0.01
-    run_ranks(world_size, model_path, cases, folder, policy_loss)
+    run_ranks(world_size, model_path, cases, folder, policy_loss, lora)
     for zero_stage, accumulation in cases:
         case = f"zero{zero_stage}_accumulation{accumulation}"
         ranks = [torch.load(folder / case / f"rank{rank}.pt") for rank in range(world_size)]
@@ -77,3 +81,13 @@ def test_parameters_do_not_depend_on_ranks_accumulation_and_zero_stage(
 ):
     cases = [(stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 3)]
     check_ranks(world_size, model_path, cases, tmp_path, policy_loss)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adapters_do_not_depend_on_ranks_accumulation_and_zero_stage(
+    world_size, model_path, tmp_path
+):
+    cases = [(stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 3)]
+    loss = rank_program.SEQUENCE_LOSS
+    check_ranks(world_size, model_path, cases, tmp_path, loss, rank_program.LORA)

@@ -38,7 +38,7 @@ def build(parents, lengths=None, forced=()):
                 logprobs=np.zeros(length, np.float32),
                 sampling_logprobs=np.zeros(length, np.float32),
                 sampled=index > 0 and index not in forced,
-                policy_version=0,
+                policy_versions=np.zeros(length, np.int32),
                 finish_reason="" if index in parents or index == 0 else "eos",
             )
         )

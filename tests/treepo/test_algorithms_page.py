@@ -11,13 +11,17 @@ import pytest
 
 from rollout.strategies import rule_settings as rules
 from rollout.strategies.settings import FINISH_POLICIES, NO_FALLBACK, TreePOSettings
+from trainers.mpt_settings import GATES, MPTSettings
+from trainers.off_policy_settings import CORRECTIONS, AlarmSettings, OffPolicySettings
 from trainers.settings import KL_LOSS_TYPES, POLICY_LOSSES, PolicyLossSettings
+from treepo import segment_settings as segments
 from treepo.algorithm_settings import (
     ADVANTAGES,
     ESTIMATOR_TRAITS,
     FILTER_METRICS,
     LOSS_WEIGHTINGS,
     NORMALISATIONS,
+    OVERLONG_RULES,
     AdvantageSettings,
 )
 
@@ -42,14 +46,26 @@ IN_ROWS = {
     "fallbacks": [*rules.FALLBACKS.names(), NO_FALLBACK],
     "cuts": rules.FALLBACK_CUTS.names(),
     "finish policies": FINISH_POLICIES,
+    "overlong rules": OVERLONG_RULES,
 }
 IN_TEXT = {
+    "corrections": [f"correction={name}" for name in CORRECTIONS],
+    "gates of MPT masks": GATES,
+    "orders of submission": segments.SUBMIT,
+    "refill rules": segments.REFILLS,
+    "group policies": segments.GROUP_POLICIES,
+    "batches": segments.TRAIN_ON,
+    "rules of staleness": segments.ON_STALE,
     "branching scores": rules.BRANCHING_SCORES.names(),
     "filter metrics": [f"algorithm.filter_groups_metric={FILTER_METRICS[1]}", FILTER_METRICS[0]],
 }
 KEYS = [
     *(field.name for field in fields(AdvantageSettings)),
     *(field.name for field in fields(PolicyLossSettings)),
+    *(field.name for field in fields(OffPolicySettings)),
+    *(field.name for field in fields(AlarmSettings)),
+    *(field.name for field in fields(MPTSettings)),
+    *(field.name for field in fields(segments.SegmentSettings)),
     # those of TreePO itself; how single tokens are drawn is no part of the page
     *(f.name for f in fields(TreePOSettings) if f.name in TreePOSettings.__annotations__),
 ]

@@ -24,6 +24,17 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("algorithm.adv_estimator=trepo", "unknown advantage estimator.*grpo.*treepo"),
         ("trainer.learner.policy_loss.name=ppo", "unknown policy loss.*ppo_clip"),
         ("trainer.learner.policy_loss.kl_loss_type=k1", "not used with kl_loss_coef=0"),
+        ("trainer.learner.reference=lora_off", "not used with policy_loss.kl_loss_coef=0"),
+        ("cluster.num_reference_workers=1", "not used with trainer.learner.reference='own'"),
+        ("cluster.num_reference_workers=-1", "num_reference_workers"),
+        ("trainer.learner.lora.rank=-1", "lora.rank=-1: must be >= 0"),
+        ("trainer.learner.lora.alpha=16", "lora.alpha=16.0 is not used with lora.rank=0: set"),
+        (
+            "trainer.learner.lora.target_modules=[q_proj]",
+            "target_modules.*not used with lora.rank=0",
+        ),
+        ("cluster.gpus_per_reference_worker=-1", "gpus_per_reference_worker=-1.0.*>= 0"),
+        ("engine.kv_over_update=keep", "keep is for trees.*set trainer.segments.segment_length"),
         ("trainer.learner.policy_loss.clip_ratio_low=2", "clip_ratio_low=2.0: must be in"),
         ("reward.parts.reasoning_gym.name=maths", "unknown reward 'maths'.*math"),
         ("data.source=internet", "unknown data source.*file.*hub.*reasoning_gym"),
@@ -54,6 +65,12 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, messa
         config = configure(tmp_path, override)
         check_names(config)
         derived_sizes(config)
+
+
+def test_a_layer_that_the_model_lacks_is_named_before_the_model_is_loaded(tmp_path):
+    words = ["trainer.learner.lora.rank=2", "trainer.learner.lora.target_modules=[q_proj,q_prj]"]
+    with pytest.raises(ValueError, match="'q_prj' is no linear layer.*are down_proj.*q_proj"):
+        derived_sizes(configure(tmp_path, *words))
 
 
 @pytest.mark.parametrize(

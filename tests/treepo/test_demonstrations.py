@@ -14,6 +14,7 @@ from treepo.demonstrations import (
     add_without_carry,
     carries_or_borrows,
     demonstrate,
+    number_terms,
     parse_chain,
 )
 
@@ -85,3 +86,21 @@ def test_the_same_generator_state_gives_the_same_demonstration() -> None:
     answers = [_demonstrate(chain, 0.5, seed) for seed in range(20)]
     assert answers == [_demonstrate(chain, 0.5, seed) for seed in range(20)]
     assert len(set(answers)) > 1
+
+
+def test_a_numbered_chain_names_every_term_but_the_first() -> None:
+    assert number_terms(QUESTION.format("7 + 15 - 4")) == QUESTION.format("7 (2) + 15 (3) - 4")
+    assert number_terms("Add 3 things: -3 + -4 = ?") == "Add 3 things: -3 (2) + -4 = ?"
+    answer = demonstrate("7 + 15 - 4 =", error_prob=0.0, rng=random.Random(0), numbered=True)
+    assert answer == "7 (2) + 15 = '22 (3) - 4 = '18\n#### 18"
+
+
+def test_slips_confined_to_some_terms_happen_nowhere_else() -> None:
+    def answer(error_terms: list[int]) -> str:
+        return demonstrate(
+            "7 + 15 - 4 + 19 =", error_prob=1.0, rng=random.Random(0), error_terms=error_terms
+        )
+
+    assert answer([]) == "7 + 15 = 12 - 4 = 18 + 19 = 27\n#### 27" == answer([4, 15, 19])
+    assert answer([19]) == "7 + 15 = '22 - 4 = '18 + 19 = 27\n#### 27"
+    assert answer([3]) == "7 + 15 = '22 - 4 = '18 + 19 = '37\n#### 37"

@@ -37,7 +37,7 @@ def segment(parent: int, tokens: list[int], finish: str = "") -> Segment:
         logprobs=zeros,
         sampling_logprobs=zeros,
         sampled=parent >= 0,
-        policy_version=3,
+        policy_versions=np.full(len(tokens), 3, np.int32),
         finish_reason=finish,
     )
 

@@ -47,20 +47,27 @@ class Unpublished(Session):
         return {}
 
 
-def learn(*overrides, rewards, others=()):
+def learn(*overrides, rewards, others=(), reported=None, stages=None, rows=None):
     """``Session.learn`` on flat trees; its metrics, what it said, and the updates it asked for
-    of a cluster that only notes them.
+    of a cluster that only notes them and answers ``reported``. ``stages`` and ``rows`` (lists) get
+    the stages that it went through and the rows that it logged.
     """
     config = compose("train", TrainConfig, [*SMALL, "trainer.save_trees_freq=0", *overrides])
     said, updates = [], []
-    stages = SimpleNamespace(say=said.append, stage=lambda name: None)
-    cluster = SimpleNamespace(update=lambda batches: updates.append(batches) or {})
+    stages = [] if stages is None else stages
+    progress = SimpleNamespace(say=said.append, stage=stages.append)
+    tracker = SimpleNamespace(log=lambda step, metrics: rows.append((step, metrics)))
+    answer = reported or {}
+    cluster = SimpleNamespace(
+        update=lambda batches, version: updates.append((batches, version)) or dict(answer)
+    )
     nothing = dict.fromkeys(Session.__dataclass_fields__)
     opened = dict(
         config=config,
         strategy=strategy_settings(config),
         cluster=cluster,
-        progress=stages,
+        progress=progress,
+        tracker=tracker,
         timings={},
         state=START,
     )

@@ -1,5 +1,7 @@
 """Policy losses as the configuration chooses them, and the advantages that fit them."""
 
+from pathlib import Path
+
 import pytest
 from scored_trees import irregular
 from training_runs import SMALL
@@ -88,8 +90,104 @@ def test_recomputed_old_logprobs_are_refused_where_the_loss_has_no_ratio():
         configure("trainer.learner.old_logprobs=verl")
 
 
-def updates_with(loss: str, estimator: str):
-    config = configure(f"{NAME}={loss}", f"algorithm.adv_estimator={estimator}")
+MPT = "trainer.learner.mpt"
+OFF = "trainer.learner.off_policy"
+
+
+def test_corrections_and_masks_are_chosen_by_name():
+    learner = configure().trainer.learner
+    assert learner.off_policy.correction == "none" and learner.mpt.gate == "never"
+    assert learner.off_policy.mask_older_than is None
+    tis = configure("trainer=ulorl", f"{OFF}.correction=tis", f"{OFF}.mask_older_than=0")
+    learner = tis.trainer.learner
+    assert (learner.old_logprobs, learner.mpt.gate) == ("recomputed", "response")
+    assert learner.off_policy.largest_weight == 2 and learner.off_policy.mask_older_than == 0
+    words = [f"{OFF}.correction=icepop", f"{OFF}.band=[0.2,8]", f"{MPT}.gate=batch"]
+    learner = configure("trainer=ulorl", *words).trainer.learner
+    assert learner.off_policy.kept_band == (0.2, 8.0) and learner.mpt.gate == "batch"
+    words = [f"{OFF}.correction=decoupled", f"{OFF}.cap=5", f"{MPT}.gate=always"]
+    learner = configure("trainer=ulorl", *words).trainer.learner
+    assert learner.off_policy.largest_weight == 5 and learner.mpt.gate == "always"
+    with pytest.raises(ValueError, match="correction='tis'.*set old_logprobs='recomputed'"):
+        configure(f"{OFF}.correction=tis")
+
+
+def test_reinforce_takes_recomputed_logprobs_for_a_correction_alone():
+    words = [f"{NAME}=reinforce", "trainer.learner.old_logprobs=recomputed"]
+    assert configure(*words, f"{OFF}.correction=tis").trainer.learner.off_policy.correction == "tis"
+    with pytest.raises(ValueError, match="has no ratio.*off_policy.correction, such as 'tis'"):
+        configure(*words)
+
+
+def test_masks_that_do_not_fit_the_algorithm_are_refused():
+    node_level = "algorithm.adv_estimator=spo"
+    with pytest.raises(ValueError, match="mpt.gate='always'.*'spo' gives.*choose.*treepo"):
+        configure(f"{MPT}.gate=always", node_level)
+    theirs = "algorithm.adv_estimator=treepo.advantages.spo:spo"
+    with pytest.raises(ValueError, match="mpt.gate='response' masks.*differ from token to token"):
+        updates_with("ppo_clip", "treepo.advantages.spo:spo", f"{MPT}.gate=response")
+    assert configure(theirs) and updates_with("ppo_clip", "treepo", f"{MPT}.gate=response")
+    outside = f"{MPT}.masked_in_denominator=false"
+    assert configure(f"{MPT}.gate=always", outside)
+    with pytest.raises(ValueError, match="mpt.masked_in_denominator=False.*'fixed_length'"):
+        configure(f"{MPT}.gate=always", outside, "algorithm.loss_weighting=fixed_length")
+    outside = [f"{OFF}.mask_older_than=1", f"{OFF}.masked_in_denominator=false"]
+    with pytest.raises(ValueError, match="off_policy.masked_in_denominator=False.*constant"):
+        configure(*outside, "algorithm=dr_grpo")
+
+
+# The algorithms that papers name, as words of the command line; docs/algorithms.md has them too.
+PAPERS = {
+    "PPO-clip": (
+        [f"{CLIP}_high=0.2"],
+        {"name": "ppo_clip", "low": 0.8, "high": 1.2},
+        {"loss_weighting": "token_mean"},
+    ),
+    "DAPO": (
+        ["algorithm=dapo"],
+        {"name": "ppo_clip", "low": 0.8, "high": 1.28},
+        {"adv_estimator": "grpo", "loss_weighting": "token_mean", "max_num_gen_batches": 10},
+    ),
+    "GSPO": (
+        ["algorithm=grpo", f"{NAME}=gspo", "algorithm.loss_weighting=sequence_mean"],
+        {"name": "gspo", "low": 1 - 3e-4, "high": 1 + 4e-4},
+        {"adv_estimator": "grpo", "loss_weighting": "sequence_mean"},
+    ),
+    "CISPO": (
+        ["algorithm=grpo", f"{NAME}=cispo"],
+        {"name": "cispo", "low": 0.0, "high": 1.28},
+        {"adv_estimator": "grpo", "loss_weighting": "token_mean"},
+    ),
+    "Dr. GRPO": (
+        ["algorithm=dr_grpo", f"{CLIP}_high=0.2"],
+        {"name": "ppo_clip", "low": 0.8, "high": 1.2},
+        {"adv_estimator": "dr_grpo", "loss_weighting": "fixed_length", "divides_by": "none"},
+    ),
+    "REINFORCE": (
+        ["algorithm.adv_estimator=reinforce_pp", f"{NAME}=reinforce"],
+        {"name": "reinforce", "low": 0.0, "high": float("inf")},
+        {"adv_estimator": "reinforce_pp"},
+    ),
+}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_algorithm_that_papers_name_is_a_few_words_on_the_command_line(paper):
+    words, loss, algorithm = PAPERS[paper]
+    config = configure(*words)
+    settings = config.trainer.learner.policy_loss
+    bounds = settings.bounds()
+    assert settings.name == loss["name"]
+    assert (bounds.low, bounds.high) == pytest.approx((loss["low"], loss["high"]))
+    for name, value in algorithm.items():
+        assert getattr(config.algorithm, name) == value
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {paper} |"))
+    assert all(f"`{word}`" in row for word in words), row
+
+
+def updates_with(loss: str, estimator: str, *words: str):
+    config = configure(f"{NAME}={loss}", f"algorithm.adv_estimator={estimator}", *words)
     groups = [irregular()]
     trees = token_trees(groups, estimate(groups, config.algorithm))
     return mini_batches(trees, config, 64, key=0)

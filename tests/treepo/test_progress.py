@@ -42,6 +42,21 @@ def test_without_a_terminal_each_step_is_one_line() -> None:
     ]
 
 
+def test_a_step_in_segments_in_which_nothing_ended_shows_what_is_unfinished() -> None:
+    console = plain_console()
+    with Progress(total_steps=1, console=console, clock=Clock()) as progress:
+        progress.update(1, {"rollout/num_unfinished": 8.0, "perf/throughput": 0.0})
+    assert console.file.getvalue() == "step 1/1  unfinished 8  tokens/s 0  0:00 left\n"
+
+
+def test_without_a_terminal_a_stage_that_goes_on_is_one_line() -> None:
+    console = plain_console()
+    with Progress(total_steps=1, console=console) as progress:
+        for name in ("sampling", "judging", "judging", "sampling"):
+            progress.stage(name)
+    assert console.file.getvalue().splitlines() == ["sampling", "judging", "sampling"]
+
+
 def test_lines_are_not_wrapped_at_the_width_of_a_pipe() -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=20)
     with Progress(total_steps=1, console=console) as progress:

@@ -17,6 +17,7 @@ PER_TOKEN = (
 
 
 def segment(parent, level, token_ids, *, sampled=True, version=4):
+    """``version``: one for all tokens, or one a token."""
     token_ids = np.asarray(token_ids, np.int32)
     logprobs = -0.01 * token_ids.astype(np.float32) if sampled else np.zeros(len(token_ids))
     return Segment(
@@ -27,7 +28,7 @@ def segment(parent, level, token_ids, *, sampled=True, version=4):
         logprobs=logprobs.astype(np.float32),
         sampling_logprobs=(logprobs / 2).astype(np.float32),
         sampled=sampled,
-        policy_version=version if sampled else 0,
+        policy_versions=np.broadcast_to(np.int32(version if sampled else 0), len(token_ids)),
     )
 
 
@@ -86,7 +87,7 @@ def example():
         segment(0, 1, [1, 2]),
         segment(0, 1, [9]),
         segment(1, 2, [3]),
-        segment(1, 2, [4, 4]),
+        segment(1, 2, [4, 4], version=[4, 5]),
     ]
     return make(segments, [0.0, 1.0, 0.0], temperature=0.5)  # leaves 2, 3, 4
 
@@ -106,7 +107,7 @@ def test_a_tree_by_hand():
     torch.testing.assert_close(tokens.advantage_neg, expected)
     assert tokens.weight.tolist() == [0, 0, 2, 2, 1, 1, 1, 1]
     assert tokens.temperature.tolist() == [0.5] * 8
-    assert tokens.policy_version.tolist() == [0, 0, 4, 4, 4, 4, 4, 4]
+    assert tokens.policy_version.tolist() == [0, 0, 4, 4, 4, 4, 5, 4]
     torch.testing.assert_close(
         tokens.behaviour_logprobs, -0.01 * torch.tensor([0.0, 0, 1, 2, 3, 4, 4, 9])
     )

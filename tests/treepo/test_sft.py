@@ -45,6 +45,17 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path: Path)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "a")) == len(build_tokenizer())
 
 
+def test_a_second_run_goes_on_from_the_first_one_s_model(tmp_path: Path) -> None:
+    _, losses = _train(_settings(tmp_path / "first"))
+    again = _settings(
+        tmp_path / "second", start_from=str(tmp_path / "first"), model=TinyModelSettings(), seed=1
+    )
+    _, more = _train(again)
+    assert more[0] < losses[0] - 0.5  # the demonstrations are others
+    with pytest.raises(ValueError, match="model=.*not used with start_from"):
+        _settings(tmp_path / "third", start_from=str(tmp_path / "first"))
+
+
 def test_an_output_folder_with_content_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="output=.*not empty"):

@@ -20,7 +20,7 @@ def segment(
         logprobs=zeros,
         sampling_logprobs=zeros,
         sampled=parent >= 0 and not forced,
-        policy_version=0,
+        policy_versions=np.zeros(num_tokens, np.int32),
         finish_reason=reason,
     )
 

@@ -1,7 +1,6 @@
 """One small training run from the command line, and what it must leave behind."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import run
+from training_runs import documented_metrics, run
 
 from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.cli import compose, from_yaml
@@ -65,17 +64,6 @@ def test_the_command_that_it_ends_with_evaluates_the_same_problems(finished):
     assert config.evaluation == ran.evaluation and config.reward == ran.reward
 
 
-def documented_metrics() -> set[str]:
-    """The names in docs/metrics.md, their braces spelt out."""
-    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    names = set()
-    for name in re.findall(r"`([^`]+)`", text):
-        before, _, rest = name.partition("{")
-        choices, _, after = rest.partition("}")
-        names |= {before + choice + after for choice in choices.split(",")}
-    return names
-
-
 def test_every_step_has_a_row_with_documented_metrics_only(finished):
     folder, _ = finished
     rows = read_rows(folder / "metrics.jsonl")
@@ -93,6 +81,10 @@ def test_engine_and_learner_agree_on_every_log_probability(finished):
         assert row.get("training/rollout_probs_diff_max", 0.0) < 1e-4
         assert row.get("training/rollout_probs_diff_mean", 0.0) <= 1e-5
         assert row.get("sync/golden_logprob_diff_max", 0.0) < 1e-4
+        assert row.get("training/rollout_logprob_diff_p99", 0.0) < 1e-4
+        assert abs(row.get("training/rollout_kl", 0.0)) < 1e-5
+        assert row.get("training/rollout_is_eff_sample_size", 1.0) > 1 - 1e-6
+        assert row.get("training/staleness/max", 0.0) == 0
 
 
 def test_the_resolved_config_is_read_back_as_the_same_config(finished):

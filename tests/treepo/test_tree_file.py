@@ -23,7 +23,7 @@ def segment(parent: int, text: str, finish: str = "", sampled: bool = True) -> S
         logprobs=logprobs,
         sampling_logprobs=logprobs / 2,
         sampled=sampled,
-        policy_version=4,
+        policy_versions=np.full(len(text), 4, np.int32),
         finish_reason=finish,
     )
 
@@ -83,6 +83,14 @@ def test_a_line_holds_the_whole_tree(tmp_path: Path) -> None:
     assert [leaf["reward"] for leaf in record["leaves"]] == [1.0, None]
     assert [leaf["outcome"] for leaf in record["leaves"]] == ["scored", "timeout"]
     assert [leaf["correct"] for leaf in record["leaves"]] == [True, None]
+
+
+def test_a_node_names_its_oldest_weights_and_how_many_tokens_each_version_drew() -> None:
+    mixed = replace(TREE.segments[1], policy_versions=np.array([4, 5], np.int32))
+    tree = replace(TREE, segments=(TREE.segments[0], mixed, *TREE.segments[2:]))
+    nodes = tree_record(tree, VERDICTS, Spelling())["nodes"]
+    assert [node["version"] for node in nodes] == [4, 4, 4, 0]
+    assert [node["version_runs"] for node in nodes] == [[[4, 4]], [[4, 1], [5, 1]], [[4, 2]], []]
 
 
 def test_a_nodes_advantage_is_the_mean_over_the_leaves_below_it() -> None:

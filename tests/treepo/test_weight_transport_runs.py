@@ -13,8 +13,11 @@ import pytest
 import ray
 from training_runs import run
 
+from rollout.growth import GrowthLimits
 from rollout.settings import EngineSettings
+from rollout.strategies.base import Prompt
 from rollout.strategies.settings import FlatSettings
+from rollout.tree import Tree
 from trainers.settings import LearnerSettings
 from treepo.cluster import Cluster, WorkerLost
 from treepo.config import ClusterConfig
@@ -109,17 +112,42 @@ def test_publications_pass_and_a_failed_one_leaves_engines_that_refuse_work_unti
     assert cluster.on_rollout("sample", [], "flat", FlatSettings(), 4)[0][0] == []
 
 
+def test_trees_put_aside_go_on_under_published_weights_on_any_worker(cluster):
+    """The learner has not trained, so the trees are those of one piece; their versions are not."""
+    settings = FlatSettings(n=3, max_response_length=12)
+    prompts = [
+        Prompt(problem_id=str(i), token_ids=np.arange(3, 6 + i, dtype=np.int32), root_key=i)
+        for i in range(3)
+    ]
+    (held, _) = versions(cluster)
+    expected, _ = cluster.sample(prompts, "flat", settings, held)
+    work, drawn = list(prompts), 0
+    for version in (held, held + 1, held + 2):
+        if version != held:
+            publish_weights(cluster, version, "float32", GOLDEN)
+        # One less in the work of the second call: every tree goes to the other worker.
+        given = work[1:] + work[:1]
+        limits = GrowthLimits(segment_length=4)
+        grown, ledger = cluster.grow(given, "flat", settings, version, limits, [1.0, 3.0, 2.0])
+        work, drawn = grown[-1:] + grown[:-1], drawn + ledger.generated_tokens
+    assert drawn == 3 * 3 * 12
+    for tree, other in zip(work, expected, strict=True):
+        assert isinstance(tree, Tree) and tree.same_tokens(other)
+        drawn_by = np.repeat([held, held + 1, held + 2], 4)
+        assert all(np.array_equal(s.policy_versions, drawn_by) for s in tree.segments[1:])
+
+
 def test_a_worker_killed_during_a_transfer_is_named_and_the_others_do_not_hang(cluster):
-    publish_weights(cluster, 5, "float32", GOLDEN)
+    publish_weights(cluster, 7, "float32", GOLDEN)
     victim = pid_of(cluster.rollout[1])
     os.kill(victim, signal.SIGSTOP)  # it takes no part, and dies while the others wait for it
     threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="rollout worker 1 of 2 died"):
-        publish_weights(cluster, 6, "float32", GOLDEN)
+        publish_weights(cluster, 8, "float32", GOLDEN)
     assert time.monotonic() - began < 15
     survivor = cluster.rollout[0]
-    assert ray.get(survivor.policy_version.remote(), timeout=10) == 5
+    assert ray.get(survivor.policy_version.remote(), timeout=10) == 7
     with pytest.raises(ValueError, match="refuses work"):
-        ray.get(survivor.sample.remote([], "flat", FlatSettings(), 5))
+        ray.get(survivor.sample.remote([], "flat", FlatSettings(), 7))
     assert ray.get(cluster.learners[0].ping.remote(), timeout=10) == 0

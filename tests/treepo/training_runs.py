@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,10 +29,14 @@ SMALL = [
     "reward.num_workers=1",
 ]
 
+OF_TREES = "rollout.initial_divergence"  # what flat sampling has no setting for
+
 
 def command(outputs: Path, *overrides: str) -> list[str]:
     """``python -m treepo.train`` on a few problems, writing below ``outputs``."""
-    return [sys.executable, "-m", "treepo.train", *SMALL, f"output_dir={outputs}", *overrides]
+    flat = "rollout=flat" in overrides
+    small = [word for word in SMALL if not (flat and word.startswith(OF_TREES))]
+    return [sys.executable, "-m", "treepo.train", *small, f"output_dir={outputs}", *overrides]
 
 
 def start(outputs: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -68,3 +73,14 @@ def wait_for(condition, process, seconds: float = 240) -> None:
 def num_rows(outputs: Path) -> int:
     """Rows written so far, that of the evaluation before training included."""
     return len(read_rows(outputs / "latest" / "metrics.jsonl"))
+
+
+def documented_metrics() -> set[str]:
+    """The names in docs/metrics.md, their braces spelt out."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = set()
+    for name in re.findall(r"`([^`]+)`", text):
+        before, _, rest = name.partition("{")
+        choices, _, after = rest.partition("}")
+        names |= {before + choice + after for choice in choices.split(",")}
+    return names

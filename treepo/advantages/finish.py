@@ -118,13 +118,16 @@ def spread_over_segments(
 
 
 def leaf_weights(group: ScoredTree, loss_weighting: str) -> np.ndarray:
-    """Weight of each of a leaf's tokens, float64 [L]: 0 without a verdict or anything to train,
-    1 / length under 'sequence_mean', else 1 (what the loss is divided by makes the difference
-    between 'token_mean' and 'fixed_length').
+    """Weight of each of a leaf's tokens, float64 [L]: 0 without a verdict or anything to train, and
+    where ``group.in_loss`` is False; 1 / length under 'sequence_mean', else 1 (what the loss is
+    divided by makes the difference between 'token_mean' and 'fixed_length').
     """
     lengths = leaf_num_tokens(group.tree)
     per_token = 1.0 / np.maximum(lengths, 1) if loss_weighting == "sequence_mean" else 1.0
-    return np.where(group.valid & (lengths > 0), per_token, 0.0)
+    trains = group.valid & (lengths > 0)
+    if group.in_loss is not None:
+        trains &= group.in_loss
+    return np.where(trains, per_token, 0.0)
 
 
 def _where_sampled(group: ScoredTree) -> np.ndarray:

@@ -20,6 +20,8 @@ class ScoredTree:
     rewards: np.ndarray  # float64 [L]; 0 where there is no verdict
     valid: np.ndarray  # bool [L], whether there is a verdict
     correct: np.ndarray  # bool [L]; False where there is no verdict
+    # bool [L], False: counts in baselines and spreads, but is not trained on; None: all True
+    in_loss: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,7 +48,9 @@ class TreeAdvantages:
 Estimator = Callable[[Sequence[ScoredTree], AdvantageSettings], list[TreeAdvantages]]
 
 
-def scored_tree(tree: Tree, results: Sequence[RewardResult]) -> ScoredTree:
+def scored_tree(
+    tree: Tree, results: Sequence[RewardResult], in_loss: np.ndarray | None = None
+) -> ScoredTree:
     """A tree with the verdicts on its leaves, in the order of ``tree.leaves``."""
     assert len(results) == tree.num_leaves, f"{len(results)} verdicts, {tree.num_leaves} leaves"
     valid = np.array([result.has_verdict for result in results], dtype=bool)
@@ -54,5 +58,9 @@ def scored_tree(tree: Tree, results: Sequence[RewardResult]) -> ScoredTree:
     assert np.isfinite(scores[valid]).all(), f"{tree.problem_id}: a verdict has no finite score"
     correct = np.array([result.correct for result in results], dtype=bool)
     return ScoredTree(
-        tree=tree, rewards=np.where(valid, scores, 0.0), valid=valid, correct=correct & valid
+        tree=tree,
+        rewards=np.where(valid, scores, 0.0),
+        valid=valid,
+        correct=correct & valid,
+        in_loss=in_loss,
     )

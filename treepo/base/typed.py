@@ -67,6 +67,10 @@ def _as_float_or_none(value: Any) -> float | None:
     return None if value is None else _as_float(value)
 
 
+def _as_int_or_none(value: Any) -> int | None:
+    return None if value is None else as_int(value)
+
+
 def _as_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError("no bool")
@@ -92,6 +96,7 @@ def _each(convert: Callable[[Any], Any], kind: Callable[[Any], Any]) -> Callable
 _INTS = "integers"
 _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "int": ("an integer", as_int),
+    "int | None": ("an integer, or null", _as_int_or_none),
     "float": ("a finite number", _as_float),
     "float | None": ("a finite number, or null", _as_float_or_none),
     "list[float]": ("a list of finite numbers", _each(_as_float, list)),

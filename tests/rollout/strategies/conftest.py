@@ -84,7 +84,7 @@ class ScriptedEngine:
             logprobs=logprobs,
             sampling_logprobs=logprobs / 2,
             finish_reason=STOP if stopped else LENGTH,
-            policy_version=3,
+            policy_versions=np.full(len(tokens), 3, np.int32),
             entropy=-logprobs / 4 if spec.wants_entropy else None,
         )
 

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -47,10 +48,11 @@ def chain(drive):
 
 
 def test_a_segment_is_cut_in_pieces_that_keep_its_key_level_and_children(drive):
-    segments = chain(drive)
+    segments = list(chain(drive))
     assert [(s.parent, s.level, s.num_tokens) for s in segments] == [
         (-1, 0, 3), (0, 1, 4), (1, 2, 4), (1, 2, 3), (2, 3, 2),
     ]  # fmt: skip
+    segments[1] = replace(segments[1], policy_versions=np.array([5, 5, 6, 7], np.int32))
     arena, ends = cut(segments, [(1, 3), (1, 1), (1, 4), (0, 3), (3, 2)])
     assert [(s.parent, s.level, s.num_tokens) for s in arena[:7]] == [
         (-1, 0, 3), (0, 1, 1), (1, 1, 2), (2, 1, 1), (3, 2, 4), (3, 2, 2), (5, 2, 1),
@@ -58,6 +60,7 @@ def test_a_segment_is_cut_in_pieces_that_keep_its_key_level_and_children(drive):
     assert ends == [2, 1, 3, 0, 5]
     assert {arena[i].path_key for i in (1, 2, 3)} == {segments[1].path_key}
     assert [arena[i].token_ids.tolist() for i in (1, 2, 3)] == [[20], [21, 22], [23]]
+    assert [arena[i].policy_versions.tolist() for i in (1, 2, 3)] == [[5], [5, 6], [7]]
     assert [arena[i].logprobs.tolist() for i in (1, 2, 3)] == [[-1], [-2, -3], [-4]]
     assert [arena[i].finish_reason for i in (5, 6)] == ["", "eos"]
     assert heads(arena) == {1, 2, 5} and heads(segments) == set()

@@ -75,3 +75,21 @@ def test_a_response_that_ends_with_a_stop_sequence_is_an_end_of_sequence(drive):
     for segment in tree.segments[1:]:
         assert segment.token_ids.tolist() == [6, 6, 7]
         assert segment.finish_reason == EOS
+
+
+def test_the_finished_part_is_the_responses_that_came_so_far(drive):
+    strategy, engine = flat(), drive.ScriptedEngine(drive.random_script(0.1))
+    state, requests = strategy.start(drive.prompt())
+    assert strategy.finished_part(state).num_leaves == 0
+    late = [engine.extend(state.segments, requests[i]) for i in (3, 1)]
+    state, _ = strategy.advance(state, late)
+    part = strategy.finished_part(state)
+    rest = [engine.extend(state.segments, requests[i]) for i in (0, 2, 4)]
+    state, _ = strategy.advance(state, rest)
+    whole = strategy.tree(state)
+    assert strategy.finished_part(state).same_tokens(whole)
+    # the part's leaves are leaves of the whole: the same path key, tokens and reason
+    for leaf, in_whole in zip(part.leaves, (2, 4), strict=True):
+        one, other = part.segments[leaf], whole.segments[in_whole]
+        assert (one.path_key, one.finish_reason) == (other.path_key, other.finish_reason)
+        assert np.array_equal(one.token_ids, other.token_ids)

@@ -248,7 +248,7 @@ def test_an_eos_that_just_fits_counts_even_if_the_engine_calls_it_length(drive):
             logprobs=np.zeros(4, np.float32),
             sampling_logprobs=np.zeros(4, np.float32),
             finish_reason=LENGTH,
-            policy_version=0,
+            policy_versions=np.zeros(4, np.int32),
         )
         for request in requests
     ]
@@ -454,3 +454,32 @@ def test_one_prompt_never_waits_for_another(drive):
     tree = drive.grow(strategy, drive.prompt(2), engine)
     assert tree.num_leaves == 8
     assert strategy.tree(slow) is None
+
+
+@pytest.mark.parametrize("cut", ["segment", "lowest_logprob", "misaligned"])
+def test_what_is_finished_on_the_way_stays_a_leaf_of_the_whole_tree(drive, cut):
+    strategy = treepo(fallback_cut=cut)
+    parts_seen = fallbacks = 0
+    for key in range(12):
+        engine = drive.ScriptedEngine(drive.early_ends(0.4), by_token=True)
+        state, requests = strategy.start(drive.prompt(key))
+        parts = [strategy.finished_part(state)]
+        while requests:
+            results = [engine.extend(state.segments, request) for request in requests]
+            state, requests = strategy.advance(state, results)
+            parts.append(strategy.finished_part(state))
+        whole = strategy.tree(state)
+        assert parts[-1].same_tokens(whole)
+        in_whole = {whole.segments[leaf].path_key: leaf for leaf in whole.leaves}
+        assert len(in_whole) == whole.num_leaves, "a path key is no name of a leaf"
+        for part in parts:
+            used = {index for leaf in part.leaves for index in part.path(leaf)}
+            assert used | {0} == set(range(len(part.segments))), "a segment that no leaf uses"
+            for leaf in part.leaves:
+                other = in_whole[part.segments[leaf].path_key]
+                reasons = part.segments[leaf].finish_reason, whole.segments[other].finish_reason
+                assert reasons[0] == reasons[1] != ""
+                assert np.array_equal(part.path_token_ids(leaf), whole.path_token_ids(other))
+            parts_seen += 0 < part.num_leaves < whole.num_leaves
+        fallbacks += whole.counters.fallbacks
+    assert parts_seen and fallbacks, "the case did not arise"

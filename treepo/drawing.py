@@ -1,0 +1,89 @@
+"""What a step samples, on the session's workers: whole trees of new problems, or one segment more
+of all that is unfinished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rollout.growth import Growth, GrowthLimits
+from rollout.metrics import CostLedger
+from rollout.strategies.base import STRATEGIES
+from rollout.tree import Tree
+from treepo.data import Problem
+from treepo.data_order import DataPosition
+from treepo.dynamic_sampling import GenBatch, StepBatch, gather
+from treepo.pools import Unfinished
+from treepo.segmented import SegmentBatch, Servants, segmented_step
+from treepo.step import make_prompts
+from treepo.submission import expected_tokens
+
+if TYPE_CHECKING:
+    from treepo.session import Session
+
+
+def draw_batches(session: Session, step: int, position: DataPosition) -> StepBatch:
+    """Whole trees of one batch of problems, or of as many as dynamic sampling needs, judged."""
+    config = session.config
+
+    def draw(number: int, problems: list[Problem]) -> GenBatch:
+        where = ("train", step, number) if number else ("train", step)
+        prompts = make_prompts(problems, config.seed, *where)
+        session.progress.stage("sampling trees")
+        with session.clock("gen"):
+            trees, ledger = session.cluster.sample(
+                prompts, *session.strategy, session.state.policy_version
+            )
+        verdicts = session.judge(problems, trees, number)
+        return GenBatch(problems=problems, trees=trees, verdicts=verdicts, ledger=ledger)
+
+    size = config.trainer.train_batch_size
+    return gather(draw, session.order, position, size, config.algorithm)
+
+
+def draw_segments(session: Session, step: int, position: DataPosition) -> SegmentBatch:
+    """One segment more of the session's unfinished trees and of new problems, and what the update
+    takes from the experience pool.
+    """
+    name, settings = session.strategy
+    strategy = STRATEGIES.get(name)(settings)
+    version, segments = session.state.policy_version, session.config.trainer.segments
+    finished_part = None
+    if hasattr(strategy, "finished_part"):
+
+        def finished_part(growth: Growth) -> Tree:
+            return strategy.finished_part(growth.state)
+
+    def grow(
+        growing: Sequence[Unfinished], limits: GrowthLimits
+    ) -> tuple[list[Tree | Growth], CostLedger]:
+        session.progress.stage("sampling segments")
+        expected = None
+        if segments.submit == "longest_first":
+            expected = expected_tokens(
+                growing,
+                session.pools.lengths,
+                segment_length=limits.segment_length,
+                rollout=settings,
+                finished_part=finished_part,
+            )
+        work = [entry.work for entry in growing]
+        with session.clock("gen"):
+            return session.cluster.grow(work, name, settings, version, limits, expected)
+
+    return segmented_step(
+        session.pools,
+        position,
+        step=step,
+        version=version,
+        order=session.order,
+        config=session.config,
+        rollout=settings,
+        servants=Servants(
+            prompts=lambda problems: make_prompts(problems, session.config.seed, "train", step),
+            grow=grow,
+            judge=session.judge,
+            finished_part=finished_part,
+        ),
+    )
