@@ -20,7 +20,7 @@ PACKAGES = (*ROOMS, "treepo")
 
 # library -> the only files that may import it
 HOMES = {
-    "ray": ("trainers/worker.py", "treepo/cluster.py"),
+    "ray": ("trainers/worker.py", "treepo/calls.py", "treepo/cluster.py", "treepo/seats.py"),
     "deepspeed": ("trainers/learner.py",),
     "peft": ("trainers/lora.py",),
     "hydra": ("treepo/cli.py",),

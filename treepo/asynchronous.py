@@ -22,7 +22,7 @@ from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.tree import Tree
 from treepo import async_schedule as schedule
 from treepo.advantages import filter_groups
-from treepo.cluster import Call
+from treepo.calls import Call
 from treepo.data import Problem
 from treepo.data_order import DataPosition
 from treepo.dynamic_sampling import GenBatch

@@ -17,7 +17,7 @@ from rollout.strategies.base import STRATEGIES
 from rollout.strategies.finish import BoxedAnswer
 from rollout.strategies.settings import TreePOSettings
 from treepo.checkpoint import RunState, read_state
-from treepo.cluster import Cluster, check_resources, local_resources
+from treepo.cluster import Cluster
 from treepo.config import (
     TrainConfig,
     learner_settings,
@@ -30,6 +30,7 @@ from treepo.held_out import load_splits
 from treepo.hub import local_model
 from treepo.pools import POOLS_FILE, Pools, load_pools
 from treepo.progress import Progress
+from treepo.resources import check_resources, local_resources
 from treepo.run_folder import RunFolder
 from treepo.session import Session
 from treepo.text import Decoder, load_tokenizer, stop_token_ids

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from treepo.cli import compose
-from treepo.cluster import check_resources
 from treepo.config import TrainConfig
+from treepo.resources import check_resources
 from treepo.sizes import derived_sizes
 
 QUICKSTART = "+experiment=quickstart_async"
