@@ -308,7 +308,7 @@ def test_a_kl_penalty_is_towards_the_model_that_training_began_with(
     second = learner.update([rows_of(trees, 200)])
     after = state_of(learner)
 
-    policy, initial = load_policy(tmp_path, dtype=torch.float32), learner.reference
+    policy, initial = load_policy(tmp_path, LearnerSettings()), learner.reference
     row = rows_of(trees)[0]
     index = torch.nonzero(row.weight > 0).squeeze(1)
     logprobs, _ = policy(row, index)

@@ -150,10 +150,9 @@ def test_a_model_folder_without_whole_weights_is_named(tmp_path, tiny_model_path
 def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
     tmp_path, tiny_model_path
 ):
-    import torch
-
     from rollout.model_runner import load_model
     from trainers.model import load_policy
+    from trainers.settings import LearnerSettings
 
     folder = tmp_path / "cut"
     shutil.copytree(tiny_model_path, folder)
@@ -162,7 +161,7 @@ def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(folder, dtype="float32", device="cpu")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_policy(str(folder), dtype=torch.float32)
+        load_policy(str(folder), LearnerSettings())
 
 
 def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
