@@ -122,6 +122,16 @@ def leaf_keys(tree: Tree) -> list[int]:
     return [tree.segments[leaf].path_key for leaf in tree.leaves]
 
 
+def begin_trees(
+    problems: Sequence[Problem], prompts: Sequence[Prompt], step: int, version: int
+) -> list[Unfinished]:
+    """New trees, of which nothing is grown yet."""
+    return [
+        Unfinished(problem=problem, work=prompt, begun=step, oldest_version=version)
+        for problem, prompt in zip(problems, prompts, strict=True)
+    ]
+
+
 def finished_group(
     entry: Unfinished, tree: Tree | None, verdicts: Mapping[int, RewardResult], *, is_whole: bool
 ) -> Group | None:

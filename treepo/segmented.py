@@ -15,7 +15,6 @@ from typing import Any
 
 from rewards.records import RewardResult
 from rollout.growth import Growth, GrowthLimits
-from rollout.length_statistics import Observation
 from rollout.metrics import CostLedger
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
@@ -29,6 +28,7 @@ from treepo.pools import (
     Pools,
     Unfinished,
     add_group,
+    begin_trees,
     drop_stale,
     finished_group,
     hands_on,
@@ -41,7 +41,7 @@ from treepo.pools import (
 )
 from treepo.segment_settings import SegmentSettings
 from treepo.step_metrics import version_metrics
-from treepo.submission import length_error, of_growth, of_tree
+from treepo.submission import length_error, of_what_is_over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,10 +135,7 @@ def segmented_step(
     problems: list[Problem] = []
     if wanted := num_new_prompts(pools, segments, size, len(order.problems)):
         problems, position = order.next_batch(position, wanted, besides=pools.problems)
-    begun = [
-        Unfinished(problem=problem, work=prompt, begun=step, oldest_version=version)
-        for problem, prompt in zip(problems, servants.prompts(problems), strict=True)
-    ]
+    begun = begin_trees(problems, servants.prompts(problems), step, version)
     growing = [*pools.unfinished, *begun]
     grown, ledger = _grow(growing, segments, version, servants)
     trees = [_finished(result, segments, servants) for result in grown]
@@ -161,6 +158,8 @@ def segmented_step(
     experience = pools.experience
     for group in filter(None, handed):
         experience = add_group(experience, group)
+    over: list[Tree | Prompt | Growth] = [tree for tree in grown if isinstance(tree, Tree)]
+    over += [entry.work for entry in dropped if isinstance(entry, Unfinished)]
     batch, waiting = take_batch(experience, segments, size, version)
     kept = [group.scored(algorithm.overlong) for group in batch]
     judged = [group.scored(algorithm.overlong) for group in (*filter(None, handed), *filtered)]
@@ -174,7 +173,7 @@ def segmented_step(
             experience=tuple(waiting),
             num_grown=len(grown),
             num_finished=sum(isinstance(result, Tree) for result in grown),
-            lengths=pools.lengths.add(_lengths(grown, dropped, rollout.max_response_length)),
+            lengths=pools.lengths.add(of_what_is_over(over, rollout.max_response_length)),
         ),
         after=position,
         num_new=len(begun),
@@ -211,17 +210,6 @@ def _finished(result: Tree | Growth, settings: SegmentSettings, servants: Servan
         return None
     assert servants.finished_part is not None, "the strategy was checked before the run"
     return servants.finished_part(result)
-
-
-def _lengths(
-    grown: Sequence[Tree | Growth], dropped: Sequence[Unfinished | Group], cap: int
-) -> list[Observation]:
-    """Of the trees that are over: finished in this step, or given up."""
-    found = [o for tree in grown if isinstance(tree, Tree) for o in of_tree(tree, cap)]
-    given_up = [entry.work for entry in dropped if isinstance(entry, Unfinished)]
-    return found + [
-        o for work in given_up if isinstance(work, Growth) for o in of_growth(work, cap)
-    ]
 
 
 def _judge(
