@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import documented_metrics, num_rows, run, start, wait_for
+from training_runs import (
+    documented_metrics,
+    num_rows,
+    run,
+    start,
+    step_trees,
+    varied_reward,
+    wait_for,
+)
 
 from rollout.growth import Growth
+from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.data_order import DataPosition, shuffle
-from treepo.pools import POOLS_FILE, load_pools
+from treepo.pools import POOLS_FILE, Pools, load_pools
 from treepo.tracking import read_rows
 
 ASYNC = [
@@ -28,39 +37,27 @@ ASYNC = [
     "trainer.learner.optimizer.lr_warmup_steps=1",
     "evaluation.num_samples=1",
 ]
-# Scores that vary with the response, so that nearly every group has a signal.
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return sum(map(ord, solution_str)) % 10 / 10
-"""
 
 
 def settings(tmp_path: Path, *more: str) -> list[str]:
-    file = tmp_path / "varied.py"
-    file.write_text(REWARD)
-    reward = ["reward=custom", f"reward.parts.custom.name={file}:compute_score"]
-    return [*ASYNC, *reward, *more]
+    return [*ASYNC, *varied_reward(tmp_path), *more]
 
 
-def trees_of(folder: Path, step: int) -> list[dict]:
-    lines = (folder / "trees" / f"step_{step}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    return max(folder.glob("checkpoints/global_step_*"), key=lambda p: int(p.name[12:]))
+def newest_pools(folder: Path) -> tuple[Pools, DataPosition]:
+    """What the run's newest checkpoint holds of the data, and the position in it."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    position = DataPosition.of(read_state(checkpoint).data_position)
+    return load_pools((checkpoint / POOLS_FILE).read_bytes()), position
 
 
 def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> None:
     """By the files of a finished run: what was handed out is in the trees of a step, or still in
     the pools of the last checkpoint, and nothing else is.
     """
-    checkpoint = newest_checkpoint(folder)
-    position = DataPosition.of(json.loads((checkpoint / "state.json").read_text())["data_position"])
-    pools = load_pools((checkpoint / POOLS_FILE).read_bytes())
+    pools, position = newest_pools(folder)
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
     assert steps == list(range(1, len(steps) + 1))
-    used = Counter(tree["problem_id"] for step in steps for tree in trees_of(folder, step))
+    used = Counter(tree["problem_id"] for step in steps for tree in step_trees(folder, step))
     held = Counter(problem.id for problem in pools.problems)
     handed_out = Counter({number: position.epoch for number in range(num_problems)})
     handed_out.update(
@@ -138,14 +135,14 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
         "trainer.test_freq=5", "trainer.keep_checkpoints=9",
     )  # fmt: skip
     process = start(tmp_path, *words)
-    wait_for(lambda: (tmp_path / "latest").exists() and num_rows(tmp_path) > 7, process)
+    wait_for(lambda: num_rows(tmp_path) > 7, process)
     asked = "cluster.num_learner_ranks=2" in choices
     os.kill(process.pid, signal.SIGTERM if asked else signal.SIGKILL)
     _, errors = process.communicate()
     if asked:
         assert process.returncode == 130 and "goes on from the last checkpoint" in errors, errors
     killed = (tmp_path / "latest").resolve()
-    pools = load_pools((newest_checkpoint(killed) / POOLS_FILE).read_bytes())
+    pools, _ = newest_pools(killed)
     assert any(isinstance(e.work, Growth) for e in pools.unfinished), "the case did not arise"
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
@@ -162,7 +159,7 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
 def test_the_death_of_a_worker_ends_the_run_and_names_it(tmp_path):
     words = settings(tmp_path, "trainer.total_steps=400", "data.size=24")
     process = start(tmp_path, *words)
-    wait_for(lambda: (tmp_path / "latest").exists() and num_rows(tmp_path) > 1, process)
+    wait_for(lambda: num_rows(tmp_path) > 1, process)
     os.kill(worker_process(process.pid, "RolloutWorker"), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "rollout worker 0 of 1 died" in errors, errors
