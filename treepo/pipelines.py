@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainers.settings import loss_traits
+from treepo.checks_of_settings import require_one_of
+from treepo.resources import needed
 
 if TYPE_CHECKING:
     from treepo.config import TrainConfig, TrainerConfig
@@ -22,12 +24,8 @@ def check_pipeline(config: TrainConfig) -> None:
     Raises:
         ValueError: no such pipeline, or settings that do not fit it; says which do.
     """
-    pipeline = config.trainer.pipeline
-    if pipeline not in PIPELINES:
-        raise ValueError(
-            f"trainer.pipeline={pipeline!r} is unknown; choose one of {', '.join(PIPELINES)}"
-        )
-    if pipeline == "async":
+    require_one_of("trainer.pipeline", config.trainer.pipeline, PIPELINES)
+    if config.trainer.pipeline == "async":
         _check_segments(config)
         _check_processes(config)
         _check_correction(config)
@@ -67,14 +65,7 @@ def _check_segments(config: TrainConfig) -> None:
 def _check_processes(config: TrainConfig) -> None:
     cluster = config.cluster
     if cluster.colocate:
-        cpus = (
-            cluster.num_rollout_workers * cluster.cpus_per_rollout_worker
-            + cluster.num_learner_ranks * cluster.cpus_per_learner_rank
-        )
-        gpus = (
-            cluster.num_rollout_workers * cluster.gpus_per_rollout_worker
-            + cluster.num_learner_ranks * cluster.gpus_per_learner_rank
-        )
+        cpus, gpus = (needed(cluster, kind, in_turns=False) for kind in ("CPU", "GPU"))
         raise ValueError(
             "cluster.colocate=True has sampler and learner take turns on the same processors, and "
             "with trainer.pipeline='async' both work at once: set cluster.colocate=false, which "

@@ -18,24 +18,9 @@ def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
     Raises:
         ValueError: not enough of something; says how much is missing and what to lower.
     """
-    for kind, a_worker, a_rank, a_reference in (
-        (
-            "CPU",
-            config.cpus_per_rollout_worker,
-            config.cpus_per_learner_rank,
-            config.cpus_per_reference_worker,
-        ),
-        (
-            "GPU",
-            config.gpus_per_rollout_worker,
-            config.gpus_per_learner_rank,
-            config.gpus_per_reference_worker,
-        ),
-    ):
-        rollout, learner = a_worker * config.num_rollout_workers, a_rank * config.num_learner_ranks
-        reference = a_reference * config.num_reference_workers
-        need = max(rollout, learner) if config.colocate else rollout + learner
-        need += reference
+    for kind in ("CPU", "GPU"):
+        a_worker, a_rank, a_reference = _each(config, kind)
+        need = needed(config, kind, in_turns=config.colocate)
         have = available.get(kind, 0.0)
         if need > have:
             where = f"the Ray cluster at {config.address}" if config.address else "this machine"
@@ -48,6 +33,23 @@ def check_resources(config: ClusterConfig, available: dict[str, float]) -> None:
                 f"need {need:g}, but {where} has {have:g}; {need - have:g} missing. "
                 "Lower the numbers or set cluster.address to a larger Ray cluster"
             )
+
+
+def needed(config: ClusterConfig, kind: str, *, in_turns: bool) -> float:
+    """How much of ``kind`` ('CPU' or 'GPU') all workers take together.
+
+    Args:
+        in_turns: rollout workers and learner ranks use the same.
+    """
+    a_worker, a_rank, a_reference = _each(config, kind)
+    rollout, learner = a_worker * config.num_rollout_workers, a_rank * config.num_learner_ranks
+    together = max(rollout, learner) if in_turns else rollout + learner
+    return together + a_reference * config.num_reference_workers
+
+
+def _each(config: ClusterConfig, kind: str) -> list[float]:
+    workers = ("rollout_worker", "learner_rank", "reference_worker")
+    return [getattr(config, f"{kind.lower()}s_per_{worker}") for worker in workers]
 
 
 def _and_references(config: ClusterConfig, each: float) -> str:

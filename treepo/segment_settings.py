@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from treepo.base.typed import check_types
+from treepo.checks_of_settings import require_one_of
 
 REFILLS = ("constant", "keep_in_flight", "to_target")
 GROUP_POLICIES = ("wait_all", "finished_part")
@@ -49,11 +50,14 @@ class SegmentSettings:
         for name in ("segment_length", "prompts_in_flight", "min_finished", "max_staleness"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.segments.{name}={getattr(self, name)}: it must be >= 0")
-        self._choice("submit", SUBMIT)
-        self._choice("refill", REFILLS)
-        self._choice("group_policy", GROUP_POLICIES)
-        self._choice("train_on", TRAIN_ON)
-        self._choice("on_stale", ON_STALE)
+        for name, allowed in (
+            ("submit", SUBMIT),
+            ("refill", REFILLS),
+            ("group_policy", GROUP_POLICIES),
+            ("train_on", TRAIN_ON),
+            ("on_stale", ON_STALE),
+        ):
+            require_one_of(f"trainer.segments.{name}", getattr(self, name), allowed)
         if not self.segment_length:
             for field in fields(self):
                 self._unused(field.name, "segment_length=0", "segment_length > 0")
@@ -95,13 +99,6 @@ class SegmentSettings:
             raise ValueError(
                 f"trainer.segments.min_finished={self.min_finished} is more than rollout.n={n} "
                 f"responses a prompt: set it to {n} at most (0: half of them)"
-            )
-
-    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(
-                f"trainer.segments.{name}={getattr(self, name)!r} is unknown; choose one of "
-                f"{', '.join(allowed)}"
             )
 
     def _unused(self, name: str, choice: str, better: str) -> None:
