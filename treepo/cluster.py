@@ -341,6 +341,13 @@ class Cluster:
         """
         return next_answers(calls, self.config.call_timeout_seconds)
 
+    def all_answers(self, calls: Sequence[Call]) -> list[Any]:
+        """Wait for all of ``calls``; answers in their order. Raises as :meth:`next_answers`."""
+        found: dict[Call, Any] = {}
+        while waiting := [call for call in calls if call not in found]:
+            found |= self.next_answers(waiting)
+        return [found[call] for call in calls]
+
     def _call(self, role: str, rank: int, count: int, ref: Any) -> Call:
         deadline = time.monotonic() + self.config.call_timeout_seconds
         return Call(name=f"{role} {rank} of {count}", ref=ref, deadline=deadline)

@@ -53,8 +53,9 @@ class TrainerConfig:
     shuffle_rewards: bool = (
         False  # control experiment: permute the batch's rewards among its leaves
     )
-    # sync: sample, learn, publish in turn | async: all at once; needs the segments' settings of
-    # trainer=async, cluster.colocate=false and a correction for tokens of older weights
+    # sync: sample, learn, publish in turn | one_step: sample the next batch while learning from
+    # this one | async: all at once; needs the segments' settings of trainer=async. The last two
+    # need cluster.colocate=false and a correction for tokens of older weights (trainer=one_step)
     pipeline: str = "sync"
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)

@@ -165,7 +165,11 @@ def check_segments(config: TrainConfig, strategy: Any) -> None:
         ValueError: segments that do not fit the rollout, or further batches in a step of them.
     """
     segments, algorithm = config.trainer.segments, config.algorithm
-    segments.check_against(n=strategy.n, max_response_length=strategy.max_response_length)
+    segments.check_against(
+        n=strategy.n,
+        max_response_length=strategy.max_response_length,
+        batch_size=config.trainer.train_batch_size,
+    )
     if segments.is_on and algorithm.max_num_gen_batches > 1:
         raise ValueError(
             f"algorithm.max_num_gen_batches={algorithm.max_num_gen_batches} asks for further "

@@ -73,9 +73,14 @@ def expectations(
     )
 
 
-def draw_segments(session: Session, step: int, position: DataPosition) -> SegmentBatch:
+def draw_segments(
+    session: Session, step: int, position: DataPosition, trains_at: int
+) -> SegmentBatch:
     """One segment more of the session's unfinished trees and of new problems, and what the update
     takes from the experience pool.
+
+    Args:
+        trains_at: the policy version that this update starts from.
     """
     name, settings = session.strategy
     version, finished_part = session.state.policy_version, finished_part_of(session)
@@ -96,6 +101,7 @@ def draw_segments(session: Session, step: int, position: DataPosition) -> Segmen
         position,
         step=step,
         version=version,
+        trains_at=trains_at,
         order=session.order,
         config=session.config,
         rollout=settings,

@@ -116,6 +116,7 @@ def segmented_step(
     *,
     step: int,
     version: int,
+    trains_at: int,
     order: ProblemOrder,
     config: TrainConfig,
     rollout: Any,
@@ -126,18 +127,19 @@ def segmented_step(
     Args:
         step: its number, from 1.
         version: of the policy in force.
+        trains_at: the version that the batch's update starts from; what is too old is so by it.
         rollout: the settings of the rollout strategy.
     """
     segments, algorithm = config.trainer.segments, config.algorithm
     size = config.trainer.train_batch_size
-    pools, dropped = drop_stale(pools, segments, version)
+    pools, dropped = drop_stale(pools, segments, trains_at)
     position = order.give_back(position, untouched(dropped))
     problems: list[Problem] = []
     if wanted := num_new_prompts(pools, segments, size, len(order.problems)):
         problems, position = order.next_batch(position, wanted, besides=pools.problems)
     begun = begin_trees(problems, servants.prompts(problems), step, version)
     growing = [*pools.unfinished, *begun]
-    grown, ledger = _grow(growing, segments, version, servants)
+    grown, ledger = _grow(growing, segments, trains_at, servants)
     trees = [_finished(result, segments, servants) for result in grown]
     verdicts, sampled = _judge(growing, trees, ledger, servants)
 
@@ -160,7 +162,7 @@ def segmented_step(
         experience = add_group(experience, group)
     over: list[Tree | Prompt | Growth] = [tree for tree in grown if isinstance(tree, Tree)]
     over += [entry.work for entry in dropped if isinstance(entry, Unfinished)]
-    batch, waiting = take_batch(experience, segments, size, version)
+    batch, waiting = take_batch(experience, segments, size, trains_at)
     kept = [group.scored(algorithm.overlong) for group in batch]
     judged = [group.scored(algorithm.overlong) for group in (*filter(None, handed), *filtered)]
     return SegmentBatch(
@@ -183,10 +185,10 @@ def segmented_step(
 
 
 def _grow(
-    growing: Sequence[Unfinished], settings: SegmentSettings, version: int, servants: Servants
+    growing: Sequence[Unfinished], settings: SegmentSettings, trains_at: int, servants: Servants
 ) -> tuple[list[Tree | Growth], CostLedger]:
     """By one segment; those that would become too old to their end, and first: the longest."""
-    due = [must_finish(entry.oldest_version, settings, version) for entry in growing]
+    due = [must_finish(entry.oldest_version, settings, trains_at) for entry in growing]
     results: list[Tree | Growth | None] = [None] * len(growing)
     ledger = CostLedger()
     for is_due, length in ((True, 0), (False, settings.segment_length)):
@@ -194,7 +196,11 @@ def _grow(
         if not indices:
             continue
         entries = [growing[i] for i in indices]
-        grown, cost = servants.grow(entries, GrowthLimits(segment_length=length))
+        enough = settings.stop_when_finished
+        if enough:  # those that are due come in any case
+            enough = 0 if is_due else max(1, enough - sum(due))
+        limits = GrowthLimits(segment_length=length, stop_when_finished=enough)
+        grown, cost = servants.grow(entries, limits)
         ledger = ledger + cost
         for index, result in zip(indices, grown, strict=True):
             results[index] = result
