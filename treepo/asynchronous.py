@@ -307,9 +307,8 @@ class AsyncRun:
     def _loaded(self, rank: int, weights: Weights, answers: list[Any]) -> None:
         session = self.session
         digests, scores = answers
-        difference = prove_arrival(
-            f"rollout worker {rank}", weights, digests, scores, session.config.engine.dtype
-        )
+        dtypes = session.config.engine.dtype, session.config.trainer.learner.dtype
+        difference = prove_arrival(f"rollout worker {rank}", weights, digests, scores, dtypes)
         self._seen.golden_difference = max(self._seen.golden_difference, difference)
         confirmed = session.cluster.begin_on_rollout(rank, "confirm", weights.version)
         self._await([confirmed], lambda answers: None)

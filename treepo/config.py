@@ -150,10 +150,8 @@ class ClusterConfig:
             "cluster.weight_transport", self.weight_transport,
             self.weight_transport in WEIGHT_TRANSPORTS, " or ".join(WEIGHT_TRANSPORTS),
         )  # fmt: skip
-        require(
-            "cluster.weight_timeout_seconds", self.weight_timeout_seconds,
-            self.weight_timeout_seconds > 0, "> 0",
-        )  # fmt: skip
+        for name in ("weight_timeout_seconds", "start_timeout_seconds", "call_timeout_seconds"):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
         if self.sleep and not self.colocate:
             raise ValueError(
                 "cluster.sleep=true is for samplers and learners that take turns, but with "
@@ -215,6 +213,7 @@ class TrainConfig:
         checks.check_uses_advantages(self.trainer.learner.policy_loss.name)
         checks.check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         checks.check_masks(self.algorithm, self.trainer.learner)
+        checks.check_ages(self)
         checks.check_forks(self.algorithm, name, strategy)
         checks.check_segments(self, strategy)
         check_pipeline(self)

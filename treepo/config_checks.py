@@ -123,6 +123,34 @@ def check_masks(algorithm: AdvantageSettings, learner: LearnerSettings) -> None:
             )
 
 
+def check_ages(config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: tokens are to be masked from an age on that none reaches.
+    """
+    masked_from = config.trainer.learner.off_policy.mask_older_than
+    oldest, why = _oldest(config)
+    if masked_from is None or oldest is None or masked_from < oldest:
+        return
+    mend = f"to {oldest - 1} at most" if oldest else "with segments, or another pipeline, alone"
+    raise ValueError(
+        f"trainer.learner.off_policy.mask_older_than={masked_from} never masks a token: {why} none "
+        f"is more than {oldest} updates old. Leave it out, or set it {mend}"
+    )
+
+
+def _oldest(config: TrainConfig) -> tuple[int | None, str]:
+    """Most updates between a token and its training, and why; None: no number bounds it."""
+    segments, pipeline = config.trainer.segments, config.trainer.pipeline
+    if segments.max_staleness:
+        return segments.max_staleness, (
+            f"with trainer.segments.max_staleness={segments.max_staleness}"
+        )
+    if segments.is_on:
+        return None, ""
+    return int(pipeline == "one_step"), f"with trainer.pipeline={pipeline!r} and no segments"
+
+
 def check_uses_advantages(policy_loss: str) -> None:
     """A loss without advantages would train on every response alike, right or wrong.
 

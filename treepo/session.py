@@ -84,7 +84,11 @@ class Session:
         """Send the learner's weights to every engine as the state's policy version, with proof."""
         with self.clock("sync"):
             return publish_weights(
-                self.cluster, self.state.policy_version, self.config.engine.dtype, self.golden
+                self.cluster,
+                self.state.policy_version,
+                self.config.engine.dtype,
+                self.golden,
+                learner_dtype=self.config.trainer.learner.dtype,
             )
 
     def step(self) -> dict[str, float]:
@@ -244,7 +248,8 @@ class Session:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
         if self.asynchronous is not None:
             self.asynchronous.drain()
-        self.progress.stage("evaluating on held-out problems")
+        if self.splits:
+            self.progress.stage("evaluating on held-out problems")
         with self.clock("testing"):
             result = evaluate(
                 self.splits,
@@ -259,7 +264,8 @@ class Session:
                 score=self.rewards.score,
                 decoder=self.decoder,
             )
-        self.progress.evaluated(self.state.step, result.scores)
+        if self.splits:
+            self.progress.evaluated(self.state.step, result.scores)
         return result
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -29,14 +29,12 @@ from treepo.tracking import read_rows
 ASYNC = [
     "trainer=async",
     "cluster.colocate=false",
-    "rollout=flat",
-    "algorithm=grpo",
-    "rollout.max_response_length=64",
     "trainer.segments.segment_length=6",
     "trainer.segments.max_staleness=2",
     "trainer.learner.optimizer.lr_warmup_steps=1",
     "evaluation.num_samples=1",
 ]
+FLAT = ["rollout=flat", "algorithm=grpo", "rollout.max_response_length=64"]
 
 
 def settings(tmp_path: Path, *more: str) -> list[str]:
@@ -70,7 +68,7 @@ def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> No
 
 
 def test_two_steps_sample_and_learn_at_once_and_say_how_it_went(tmp_path):
-    words = settings(tmp_path, "trainer.total_steps=2", "data.size=24")
+    words = settings(tmp_path, *FLAT, "trainer.total_steps=2", "data.size=24")
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "sampler idle" in done.stdout and "learner idle" in done.stdout
@@ -96,7 +94,7 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
     small = ["trainer.total_steps=2", "trainer.val_before_train=false"]
-    words = settings(tmp_path, *small, f"reward.parts.custom.name={file}:compute_score")
+    words = settings(tmp_path, *FLAT, *small, f"reward.parts.custom.name={file}:compute_score")
     done = run(tmp_path / "broken", *words)
     assert done.returncode == 1 and "got a verdict" in done.stderr, done.stderr
     file.write_text(file.read_text().replace("1 / 0", "return 0.0"))
@@ -112,8 +110,9 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
 @pytest.mark.parametrize(
     "choices",
     [
-        [],
+        FLAT,
         [
+            "rollout.temperature=2.0",
             "cluster.num_rollout_workers=2",
             "cluster.cpus_per_rollout_worker=0.5",
             "trainer.segments.on_stale=drop",
@@ -121,13 +120,14 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
             "trainer.segments.submit=longest_first",
         ],
         [
+            *FLAT,
             "cluster.num_learner_ranks=2",
             "cluster.cpus_per_learner_rank=0.5",
             "trainer.learner.off_policy.correction=none",
             "trainer.learner.old_logprobs=sampled",
         ],
     ],
-    ids=["finish", "two_workers_drop", "two_ranks"],
+    ids=["finish", "trees_of_two_workers_drop", "two_ranks"],
 )
 def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
     words = settings(
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
 
 @pytest.mark.long
 def test_the_death_of_a_worker_ends_the_run_and_names_it(tmp_path):
-    words = settings(tmp_path, "trainer.total_steps=400", "data.size=24")
+    words = settings(tmp_path, *FLAT, "trainer.total_steps=400", "data.size=24")
     process = start(tmp_path, *words)
     wait_for(lambda: num_rows(tmp_path) > 1, process)
     os.kill(worker_process(process.pid, "RolloutWorker"), signal.SIGKILL)
