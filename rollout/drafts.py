@@ -88,68 +88,100 @@ class Draft:
     offset_of: np.ndarray
 
 
-def forward_draft(
-    store: TreeStore, forward: TreeForward, node: Node, tree: DraftTree, budget: int
-) -> Draft:
-    """Compute a draft tree below ``node``, and what is missing of the node's own path, ``budget``
-    rows a forward.
+class OpenDrafts:
+    """The draft trees of one engine that were computed and are not committed yet."""
 
-    Raises:
-        ValueError: slots are short.
-    """
-    base = store.resolve(node)
-    store.tree.lock(base)
-    if not store.give_slots(base, growth=len(tree), may_break=True):
-        store.tree.unlock(base)
-        raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
-    runs: list[TreeNode] = []
-    try:
-        run_of, offset_of = _plant(store, base, tree, runs)
-        logits = _logits(forward, base, runs, run_of, budget)
-    except BaseException:  # such as no memory: nothing may stay behind
-        for run in reversed(runs):
-            store.tree.remove(run)
-        store.tree.unlock(base)
-        raise
-    forward.meter.count(draft_tokens=len(tree))
-    return Draft(
-        node=node,
-        tree=tree,
-        logits=logits,
-        base=base,
-        runs=tuple(runs),
-        run_of=run_of,
-        offset_of=offset_of,
-    )
+    def __init__(self, store: TreeStore, forward: TreeForward) -> None:
+        self._store = store
+        self._forward = forward
+        self._drafts: set[Draft] = set()
 
+    def forward(self, node: Node, tree: DraftTree, budget: int) -> Draft:
+        """Compute a draft tree below ``node``, and what is missing of the node's own path,
+        ``budget`` rows a forward.
 
-def commit_draft(store: TreeStore, draft: Draft, path: Sequence[int]) -> Node:
-    """Keep the tokens of ``path`` and drop the others.
+        Raises:
+            ValueError: slots are short.
+        """
+        store = self._store
+        base = store.resolve(node)
+        store.tree.lock(base)
+        if not store.give_slots(base, growth=len(tree), may_break=True):
+            store.tree.unlock(base)
+            raise ValueError(store.too_small(f"a draft of {len(tree)} tokens"))
+        runs: list[TreeNode] = []
+        try:
+            run_of, offset_of = _plant(store, base, tree, runs)
+            logits = _logits(self._forward, base, runs, run_of, budget)
+        except BaseException:  # such as no memory: nothing may stay behind
+            for run in reversed(runs):
+                store.tree.remove(run)
+            store.tree.unlock(base)
+            raise
+        self._forward.meter.count(draft_tokens=len(tree))
+        draft = Draft(
+            node=node,
+            tree=tree,
+            logits=logits,
+            base=base,
+            runs=tuple(runs),
+            run_of=run_of,
+            offset_of=offset_of,
+        )
+        self._drafts.add(draft)
+        return draft
 
-    Args:
-        path: indices of tokens, from one directly below the node downwards; empty keeps none.
+    def commit(self, draft: Draft, path: Sequence[int]) -> Node:
+        """Keep the tokens of ``path`` and drop the others; the draft has ended.
 
-    Returns:
-        a handle on the last token kept (on the node's own position if there is none).
+        Args:
+            path: indices of tokens, from one directly below the node downwards; empty keeps none.
 
-    Raises:
-        ValueError: the indices are no path of the draft tree.
-    """
-    path = _checked_path(draft.tree, path)
-    kept: dict[int, int] = {}  # run -> tokens of it that stay
-    for index in path:
-        kept[int(draft.run_of[index])] = int(draft.offset_of[index]) + 1
-    for number in reversed(range(len(draft.runs))):
-        if number not in kept:
-            store.tree.remove(draft.runs[number])
-    end = draft.base
-    for number, length in kept.items():
-        end = draft.runs[number]
-        store.tree.publish(end, length)
-    token_ids = draft.tree.token_ids[np.asarray(path, np.int64)].astype(np.int32)
-    node = store.handle(draft.node, token_ids, end)
-    store.tree.unlock(draft.base)
-    return node
+        Returns:
+            a handle on the last token kept (on the node's own position if there is none).
+
+        Raises:
+            ValueError: the indices are no path of the draft tree, or the draft has ended.
+        """
+        if draft not in self._drafts:
+            raise ValueError(
+                "this draft is not open here: it was committed before, or is another engine's"
+            )
+        store = self._store
+        path = _checked_path(draft.tree, path)
+        kept: dict[int, int] = {}  # run -> tokens of it that stay
+        for index in path:
+            kept[int(draft.run_of[index])] = int(draft.offset_of[index]) + 1
+        for number in reversed(range(len(draft.runs))):
+            if number not in kept:
+                store.tree.remove(draft.runs[number])
+        end = draft.base
+        for number, length in kept.items():
+            end = draft.runs[number]
+            store.tree.publish(end, length)
+        token_ids = draft.tree.token_ids[np.asarray(path, np.int64)].astype(np.int32)
+        node = store.handle(draft.node, token_ids, end)
+        store.tree.unlock(draft.base)
+        self._drafts.remove(draft)
+        self._forward.meter.count(wasted_draft_tokens=len(draft.tree) - len(path))
+        return node
+
+    @property
+    def runs(self) -> list[TreeNode]:
+        """The private radix nodes of all."""
+        return [run for draft in self._drafts for run in draft.runs]
+
+    @property
+    def num_slots(self) -> int:
+        return sum(len(run.slots) for run in self.runs)
+
+    def check_none(self, what: str) -> None:
+        """
+        Raises:
+            ValueError: drafts are open, which ``what`` would invalidate.
+        """
+        if self._drafts:
+            raise ValueError(f"{what}: {len(self._drafts)} drafts are open: commit them first")
 
 
 def _plant(

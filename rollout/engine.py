@@ -6,21 +6,19 @@ the draw, so draws don't depend on where segments are cut.
 
 How it works inside: ``store.py`` holds the tree and its slots, ``decoder.py`` decides which
 requests run, ``batching.py`` what the next forward computes, ``forward.py`` runs it, ``drafts.py``
-computes tokens that others propose.
+computes tokens that others propose, ``path_scores.py`` scores a path, ``live_weights.py`` has the
+weights.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rollout.attention.base import Block
 from rollout.checks import (
     checked_int,
     checked_path_key,
@@ -29,29 +27,25 @@ from rollout.checks import (
     find_device,
 )
 from rollout.decoder import Decoder
-from rollout.drafts import Draft, DraftTree, commit_draft, forward_draft
+from rollout.drafts import Draft, DraftTree, OpenDrafts
 from rollout.extend import ExtendSpec
 from rollout.forward import TreeForward
-from rollout.fused_layers import forget_merged
 from rollout.kv_pool import KVPool
-from rollout.linear import forget_packed
+from rollout.live_weights import SLEEPING_WEIGHTS, LiveWeights
 from rollout.metrics import CostLedger, EngineGauges, Meter
 from rollout.model_runner import ModelRunner, load_model, use_tree_attention
+from rollout.path_scores import path_logprobs
 from rollout.paused import PausedTrees
 from rollout.requests import Completion
-from rollout.sampler import log_probabilities
 from rollout.sampling_settings import TEMPERATURES_ALLOWED, is_temperature
 from rollout.scoring import Scorer, score_all
 from rollout.settings import EngineSettings
 from rollout.stops import StopRules
 from rollout.store import Node, TreeStore
 from rollout.token_text import TokenText
-from rollout.weights import Part, Tensors, WeightLoad, stored_state
-from treepo.base.aside import Aside
-from treepo.base.digest import WeightManifest, tensor_digests
+from rollout.weights import Part, Tensors
+from treepo.base.digest import WeightManifest
 
-_SCORE_CHUNK = 256  # query rows of one scoring forward
-SLEEPING_WEIGHTS = ("keep", "host", "drop")
 IN_FLIGHT = ("refuse", "recompute", "keep")
 
 
@@ -96,11 +90,10 @@ class Engine:
         self._forward = TreeForward(self.runner, settings, self._meter)
         self._stops = StopRules(TokenText(tokenizer))
         self._decoder = Decoder(self.store, self._forward, settings, self._stops)
-        self._drafts: set[Draft] = set()
+        self._drafts = OpenDrafts(self.store, self._forward)
+        self._weights = LiveWeights(self.model)
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self._is_asleep = False
-        self._is_torn = False  # half a weight set was copied, or none after they were dropped
-        self._put_aside = Aside()  # weights that gave up their memory
         if load_probe:
             from rollout.probe import probe  # the probe drives an engine
 
@@ -224,8 +217,8 @@ class Engine:
         Returns:
             the segments that finished.
         """
-        self._check_whole()
-        with self._timed():
+        self._weights.check_whole()
+        with self._meter.timed():
             return self._decoder.step()
 
     def collect(self, request_ids: Container[int]) -> list[Completion]:
@@ -278,11 +271,10 @@ class Engine:
         self._check_awake()
         self.check_length(self.store.resolve(node).end, len(tree))
         checked_token_ids("draft", tree.token_ids, self.vocabulary)
-        with self._aside():
+        with self._meter.aside():
             budget = self.settings.max_tokens_per_step
-            draft = forward_draft(self.store, self._forward, node, tree, budget)
-        self._drafts.add(draft)
-        self._meter.peak(self.tree.num_protected + self._num_draft_slots())
+            draft = self._drafts.forward(node, tree, budget)
+        self._meter.peak(self._num_live_slots())
         return draft
 
     def commit(self, draft: Draft, path: Sequence[int] = ()) -> Node:
@@ -298,15 +290,7 @@ class Engine:
         Raises:
             ValueError: the indices are no path of the draft, or the draft has ended.
         """
-        if draft not in self._drafts:
-            raise ValueError(
-                "this draft is not open here: it was committed before, or is another engine's"
-            )
-        path = list(path)
-        node = commit_draft(self.store, draft, path)
-        self._drafts.remove(draft)
-        self._meter.count(wasted_draft_tokens=len(draft.tree) - len(path))
-        return node
+        return self._drafts.commit(draft, path)
 
     def score(self, items: Sequence[tuple[Node, Scorer]]) -> list[float]:
         """A scorer's number for each node's path; each scorer is called once, with all its paths.
@@ -314,7 +298,7 @@ class Engine:
         Raises:
             ValueError: a scorer gave another number of scores than it got paths.
         """
-        with self._timed():
+        with self._meter.timed():
             scores = score_all([(self.path_token_ids(node), scorer) for node, scorer in items])
         self._meter.count(scorer_passes=len(items))
         return scores
@@ -333,29 +317,15 @@ class Engine:
         self.check_length(len(ids), 0)
         if len(ids) < 2:
             return np.zeros(len(ids), np.float32)
-        with self._aside():
-            return self._score(ids, temperature)
-
-    def _score(self, ids: np.ndarray, temperature: float) -> np.ndarray:
-        store = self.store
-        node = store.tree.insert_private(store.root, ids)
-        store.tree.lock(node)
-        if not store.give_slots(node, may_break=not self.num_running):
-            store.discard(node)
-            raise ValueError(store.too_small(f"scoring {len(ids)} tokens"))
-        targets = torch.from_numpy(ids.astype(np.int64)).to(self.pool.device)
-        # At least two chunks, so that the pool is read.
-        chunk = min(_SCORE_CHUNK, self.settings.max_tokens_per_step, (len(ids) + 1) // 2)
-        scores = [torch.zeros(1)]
-        try:
-            for lo in range(0, len(ids) - 1, chunk):
-                hi = min(lo + chunk, len(ids) - 1)
-                logits = self._forward.logits([Block(node, lo, hi, ids[lo:hi])])
-                wanted = targets[lo + 1 : hi + 1]
-                scores.append(log_probabilities(logits, wanted, temperature).cpu())
-        finally:
-            store.discard(node)
-        return torch.cat(scores).numpy()
+        with self._meter.aside():
+            return path_logprobs(
+                self.store,
+                self._forward,
+                ids,
+                temperature,
+                budget=self.settings.max_tokens_per_step,
+                may_break=not self.num_running,
+            )
 
     # Weights and state.
 
@@ -388,14 +358,7 @@ class Engine:
         """
         version = checked_version(version, self.policy_version)
         self._check_in_flight(version, in_flight)
-        self._put_aside.restore()
-        load = WeightLoad(self.model, manifest)
-        # No work from half a set: while parts come, and after an interruption.
-        was_torn, self._is_torn = self._is_torn, True
-        try:
-            digests = load.copy(tensors)
-        finally:
-            self._is_torn = not load.is_complete if load.has_begun else was_torn
+        digests = self._weights.load(manifest, tensors)
         self._put_in_force(version, in_flight)
         return digests
 
@@ -405,9 +368,7 @@ class Engine:
         Raises:
             ValueError: the engine sleeps and its weights have given up their memory.
         """
-        if self._put_aside.num_bytes:
-            raise ValueError("the engine is asleep without its weights: call wake() first")
-        return tensor_digests(stored_state(self.model))
+        return self._weights.digests()
 
     def sleep(self, weights: str = "keep") -> int:
         """Give up memory until ``wake``: the pool's with all cached keys and values but those of
@@ -428,26 +389,19 @@ class Engine:
             raise ValueError(f"weights={weights!r}: choose one of {', '.join(SLEEPING_WEIGHTS)}")
         if not self.is_idle:
             raise ValueError("the engine has unfinished requests: finish or cancel them first")
-        self._check_no_drafts("sleep")
+        self._drafts.check_none("sleep")
         waiting = self.paused.nodes() if self.settings.kv_on_host else []
         self.store.retire(self.policy_version, resting=waiting)
         self.store.offload(waiting)  # what others had locked
         self.pool.release_memory()
         self._forward.release_memory()
         self._is_asleep = True
-        if weights == "keep":
-            return 0
-        forget_packed(self.model)
-        forget_merged(self.model)
-        if weights == "drop":
-            self._is_torn = True
-            self._put_aside.forget()
-        return self._put_aside.put(stored_state(self.model).values(), forget=weights == "drop")
+        return self._weights.give_up(weights)
 
     def wake(self) -> int:
         """Serve again after ``sleep``; returns the bytes that came back from host memory."""
         self._is_asleep = False
-        return self._put_aside.restore()
+        return self._weights.restore()
 
     def drop_cache(self) -> None:
         """Forget all keys and values, those of trees that were put aside too: what follows rounds
@@ -473,7 +427,7 @@ class Engine:
 
     def gauges(self) -> EngineGauges:
         """What the engine holds now."""
-        live = self.tree.num_protected + self._num_draft_slots()
+        live = self._num_live_slots()
         return EngineGauges(
             num_waiting=self.num_waiting,
             num_running=self.num_running,
@@ -486,38 +440,19 @@ class Engine:
             kv_host_bytes=self.tree.num_host_bytes,
         )
 
-    def _num_draft_slots(self) -> int:
-        return sum(len(run.slots) for draft in self._drafts for run in draft.runs)
+    def _num_live_slots(self) -> int:
+        return self.tree.num_protected + self._drafts.num_slots
 
     def check_integrity(self) -> None:
         """Assert that every slot is free or held by exactly one node and that all locks add up."""
-        hidden = self._decoder.hidden_nodes()
-        for draft in self._drafts:
-            hidden.extend(draft.runs)
-        self.tree.check_integrity(hidden)
+        self.tree.check_integrity([*self._decoder.hidden_nodes(), *self._drafts.runs])
 
     # Checks.
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._meter.count(wall_seconds=time.perf_counter() - began)
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Time spent and rows forwarded on something else than drawing."""
-        before = self._meter.query_tokens
-        with self._timed():
-            yield
-        self._meter.count(other_query_tokens=self._meter.query_tokens - before)
 
     def _check_in_flight(self, version: int, in_flight: str) -> None:
         if in_flight not in IN_FLIGHT:
             raise ValueError(f"in_flight={in_flight!r}: choose one of {', '.join(IN_FLIGHT)}")
-        self._check_no_drafts(f"weights {version}")
+        self._drafts.check_none(f"weights {version}")
         if in_flight == "refuse" and not self.is_idle:
             raise ValueError(
                 f"weights {version} arrived while {len(self._decoder.known_ids())} requests are "
@@ -535,19 +470,8 @@ class Engine:
         self.store.retire(version, running, self.paused.nodes())
         self._decoder.note_version(version)
 
-    def _check_no_drafts(self, what: str) -> None:
-        if self._drafts:
-            raise ValueError(f"{what}: {len(self._drafts)} drafts are open: commit them first")
-
-    def _check_whole(self) -> None:
-        if self._is_torn:
-            raise ValueError(
-                "the engine refuses work: a weight load is under way or stopped half-way, or the "
-                "weights were dropped when it fell asleep; load a whole set first"
-            )
-
     def _check_awake(self) -> None:
-        self._check_whole()
+        self._weights.check_whole()
         if self._is_asleep:
             raise ValueError("the engine is asleep: call wake() first")
 
@@ -557,15 +481,4 @@ class Engine:
             ValueError: a path of ``length`` tokens and ``max_tokens`` more can never fit the pool
                 or the model's positions.
         """
-        total = length + max_tokens
-        if total > self.pool.num_slots:
-            raise ValueError(
-                f"num_kv_slots={self.pool.num_slots} is too small: a path of {length} tokens plus "
-                f"max_tokens={max_tokens} needs {total}"
-            )
-        limit = self.runner.max_position
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"a path of {length} tokens plus max_tokens={max_tokens} exceeds the {limit} "
-                f"positions this model can serve from a cache: {self.runner.max_position_reason}"
-            )
+        self.runner.check_length(length, max_tokens)

@@ -10,10 +10,9 @@ import numpy as np
 
 from rollout.engine import Engine
 from rollout.growth import Growth, Partial
+from rollout.paused import Place
 from rollout.store import Node
 from rollout.strategies.arena import path
-
-Place = tuple[int, int]  # (path key of the segment that ends there, depth in tokens)
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +22,6 @@ class Growing:
     Attributes:
         index: in the work.
         rank: in the order of service.
-        partials: what earlier calls drew of requests that go on, by request id.
         put_aside: requests that this call serves no further, by request id.
         handles: engine node of each place that was asked for. Indices shift when a strategy cuts a
             segment; places stay.
@@ -40,7 +38,6 @@ class Growing:
     problem_id: str
     state: Any
     num_tokens: int
-    partials: dict[int, Partial] = field(default_factory=dict)
     put_aside: dict[int, Partial] = field(default_factory=dict)
     handles: dict[Place, Node] = field(default_factory=dict)
     drawn: dict[Place, Node] = field(default_factory=dict)

@@ -111,17 +111,6 @@ class Growth:
         return sum(len(part.token_ids) for part in self._parts)
 
     @property
-    def num_response_tokens(self) -> int:
-        """As ``num_tokens``, without the prompt."""
-        return self.num_tokens - self.state.segments[0].num_tokens
-
-    @property
-    def oldest_version(self) -> int | None:
-        """Of the weights that drew its tokens; None if there are none yet."""
-        parts = [part for part in self._parts[1:] if len(part.token_ids)]
-        return min((int(part.policy_versions.min()) for part in parts), default=None)
-
-    @property
     def checksum(self) -> int:
         """Of its tokens and how they are cut: differs from that of the tree further on."""
         found = 0

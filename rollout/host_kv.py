@@ -26,8 +26,8 @@ class HostKV:
         tensors = [*self.keys.values(), *self.values.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def split(self, offset: int) -> tuple[HostKV | None, HostKV | None]:
-        """Those of the first ``offset`` tokens and those of the others; None where there are
+    def split(self, offset: int) -> tuple[HostKV, HostKV | None]:
+        """Those of the first ``offset`` >= 1 tokens and those of the others; None if there are
         none.
         """
         upper, lower = slice(0, offset), slice(offset, None)

@@ -154,10 +154,6 @@ class LengthPredictor:
         curve = self._of_prompt.get(prompt_id, self._global)
         return curve.expected_remaining(np.asarray(drawn), np.asarray(cap))
 
-    def knows(self, prompt_id: str) -> bool:
-        """Whether a response to this very prompt has been seen to end."""
-        return prompt_id in self._of_prompt
-
 
 def longest_first(expected_tokens: Sequence[float] | np.ndarray) -> np.ndarray:
     """int64 [n], order of submission; equal ones as they come."""

@@ -4,7 +4,10 @@ what the engine holds at the moment.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 _PEAKS = ("peak_kv_slots", "peak_kv_bytes")
@@ -131,10 +134,22 @@ class Meter:
         for name, amount in amounts.items():
             self._totals[name] += amount  # type: ignore[assignment]
 
-    @property
-    def query_tokens(self) -> int:
-        """Of the ledger, so far."""
-        return self._totals["query_tokens"]
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time spent."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.count(wall_seconds=time.perf_counter() - began)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """As ``timed``; the rows forwarded meanwhile are for something else than drawing."""
+        before = self._totals["query_tokens"]
+        with self.timed():
+            yield
+        self.count(other_query_tokens=self._totals["query_tokens"] - before)
 
     def peak(self, kv_slots: int) -> None:
         """Slots in use by live paths now."""

@@ -88,6 +88,25 @@ class ModelRunner:
         self.device = pool.device
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    def check_length(self, length: int, max_tokens: int) -> None:
+        """
+        Raises:
+            ValueError: a path of ``length`` tokens and ``max_tokens`` more can never fit the pool
+                or the model's positions.
+        """
+        total = length + max_tokens
+        if total > self.pool.num_slots:
+            raise ValueError(
+                f"num_kv_slots={self.pool.num_slots} is too small: a path of {length} tokens plus "
+                f"max_tokens={max_tokens} needs {total}"
+            )
+        limit = self.max_position
+        if limit is not None and total > limit:
+            raise ValueError(
+                f"a path of {length} tokens plus max_tokens={max_tokens} exceeds the {limit} "
+                f"positions this model can serve from a cache: {self.max_position_reason}"
+            )
+
     @torch.inference_mode()
     def forward(
         self,

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from rollout.engine import Engine
 from rollout.growth import Growth, GrowthLimits
+from rollout.length_statistics import longest_first
 from rollout.service import Service, Work
 from rollout.strategies.base import Prompt, Strategy
 from rollout.tree import Tree
@@ -127,7 +128,7 @@ def _ranks(
         expected / max(1, _num_paths(strategy, item))
         for item, expected in zip(work, expected_tokens, strict=True)
     ]
-    for rank, index in enumerate(sorted(range(len(work)), key=lambda i: -a_path[i])):
+    for rank, index in enumerate(longest_first(a_path)):
         ranks[index] = rank
     return ranks
 

@@ -93,7 +93,7 @@ class TreeStore:
             ValueError: the handle was freed, or is another engine's.
         """
         self._check_alive(node)
-        if not self._is_current(node):
+        if not self.is_known(node):
             node.is_locked = False
             node.tree_node = self.tree.insert(self.root, node.path_token_ids())
             node.epoch = self.epoch
@@ -110,7 +110,7 @@ class TreeStore:
         self._check_alive(node)
         node.is_freed = True
         self._unlock(node)
-        if not self._is_current(node):
+        if not self.is_known(node):
             return
         if self.tree.is_retired(node.tree_node):
             self.release_retired(node.tree_node)  # nobody else finds it
@@ -132,7 +132,7 @@ class TreeStore:
 
     def is_known(self, node: Node) -> bool:
         """Whether the handle's position is in the tree, so that it need not be made again."""
-        return self._is_current(node)
+        return node.epoch == self.epoch and node.tree_node.is_alive
 
     def set_priority(self, node: Node, priority: int) -> None:
         """Evict the handle's own position later (higher) or sooner (lower) than others."""
@@ -174,7 +174,7 @@ class TreeStore:
         uses it.
         """
         for node in nodes:
-            if self._is_current(node):
+            if self.is_known(node):
                 for n in node.tree_node.path()[1:]:
                     if len(n.slots) and not n.lock_ref:
                         self.tree.offload(n)
@@ -219,7 +219,7 @@ class TreeStore:
             resting: handles that lock nothing. What they stand on stays likewise, for those who
                 go on from them.
         """
-        stay = [node for node in resting if self._is_current(node)]
+        stay = [node for node in resting if self.is_known(node)]
         self.tree.retire(keep, [node.tree_node for node in stay])
         self._soft.clear()
         self.policy_version = policy_version
@@ -247,9 +247,6 @@ class TreeStore:
                 "with prefill or append before you free the last"
             )
 
-    def _is_current(self, node: Node) -> bool:
-        return node.epoch == self.epoch and node.tree_node.is_alive
-
     def _lock(self, node: Node) -> None:
         self.tree.lock(node.tree_node)
         node.is_locked = True
@@ -257,7 +254,7 @@ class TreeStore:
             self._soft[id(node)] = node
 
     def _unlock(self, node: Node) -> None:
-        if node.is_locked and self._is_current(node):
+        if node.is_locked and self.is_known(node):
             self.tree.unlock(node.tree_node)
         node.is_locked = False
         self._soft.pop(id(node), None)

@@ -1,4 +1,4 @@
-"""What the README tells people to type is accepted."""
+"""What the README and the documentation tell people to type is accepted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from treepo.names import check_names
 from treepo.report import ReportConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 SCHEMAS = {
     "clean": CleanConfig,
     "train": TrainConfig,
@@ -38,7 +40,7 @@ def commands(*files: str) -> list[list[str]]:
 
 
 README_REWARD = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-ALL = commands("README.md", "CONTRIBUTING.md")
+ALL = commands(*PAGES)
 OURS = [(words[2], words[3:]) for words in ALL if words[1:2] == ["-m"]]
 
 
@@ -63,7 +65,7 @@ def test_every_command_line_composes_and_passes_its_checks(
         check_names(config)
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("file", PAGES)
 def test_every_link_to_a_file_leads_somewhere(file: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), f"{file} links to {target}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
-from trainers.checks_of_settings import unused
+from trainers.checks_of_settings import check, unused
 from treepo.base.typed import check_types
 
 ALL_LINEAR = "all-linear"
@@ -27,24 +27,24 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         check_types(self, "trainer.learner.lora.")
-        _check("rank", self.rank, self.rank >= 0, ">= 0 (0: full training)")
-        _check("alpha", self.alpha, 0 < self.alpha < math.inf, "> 0")
-        _check("seed", self.seed, self.seed >= 0, ">= 0")
-        _check(
-            "dropout",
+        check("lora.rank", self.rank, self.rank >= 0, ">= 0 (0: full training)")
+        check("lora.alpha", self.alpha, 0 < self.alpha < math.inf, "> 0")
+        check("lora.seed", self.seed, self.seed >= 0, ">= 0")
+        check(
+            "lora.dropout",
             self.dropout,
             self.dropout == 0,
             "0: with dropout every forward is another policy, and its ratio to the sampled "
             "probabilities is noise. Use a smaller rank or optimizer.weight_decay instead",
         )
-        _check(
-            "target_modules",
+        check(
+            "lora.target_modules",
             self.target_modules,
             bool(self.target_modules) and all(self.target_modules),
             f"[{ALL_LINEAR}] or a list of names of linear layers, such as [q_proj, v_proj]",
         )
-        _check(
-            "target_modules",
+        check(
+            "lora.target_modules",
             self.target_modules,
             ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
             f"[{ALL_LINEAR}] alone, or names of layers alone",
@@ -67,8 +67,3 @@ class LoraSettings:
             if value not in (field_.default, [ALL_LINEAR]):
                 mend = "set lora.rank (such as 32), or leave it out"
                 raise unused(f"lora.{name}", value, "lora.rank=0", mend)
-
-
-def _check(name: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"trainer.learner.lora.{name}={value!r}: must be {allowed}")

@@ -126,7 +126,7 @@ def ppo_clip(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     both signs, the share of |A| that is.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio, bounds = _exp(log_ratio), settings.bounds()
+    ratio, bounds = ratio_of(log_ratio), settings.bounds()
     ratio_pos = ratio.clamp(max=bounds.high)
     ratio_neg = ratio.clamp(min=bounds.low, max=bounds.dual)
     loss = -(ratio_pos * tokens.advantage_pos + ratio_neg * tokens.advantage_neg)
@@ -156,7 +156,7 @@ def gspo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     leaves = trained_leaves(batch)
     advantage, length = batch.leaf_advantage[leaves], batch.leaf_num_tokens[leaves]
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = _exp(tokens.path_sums(log_ratio, leaves) / length.clamp(min=1))
+    ratio = ratio_of(tokens.path_sums(log_ratio, leaves) / length.clamp(min=1))
     clipped = torch.where(advantage > 0, ratio.clamp(max=bounds.high), ratio.clamp(min=bounds.low))
     loss = -batch.leaf_weight[leaves] * length * clipped * advantage
     with torch.no_grad():
@@ -167,7 +167,7 @@ def gspo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
             "actor/pg_clipfrac": is_clipped.to(ratio.dtype),
             "actor/sequence_ratio_mean": ratio.detach(),
         }
-        metrics = _ratio_metrics(log_ratio.detach(), _exp(log_ratio.detach()))
+        metrics = _ratio_metrics(log_ratio.detach(), ratio_of(log_ratio.detach()))
     return LossTerms(loss=loss, metrics=metrics, sequence_metrics=sequence_metrics)
 
 
@@ -182,7 +182,7 @@ def cispo(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """
     bounds = settings.bounds()
     log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
-    ratio = _exp(log_ratio)
+    ratio = ratio_of(log_ratio)
     clipped = ratio.clamp(min=bounds.low, max=bounds.high)
     loss = -clipped * (tokens.advantage_pos + tokens.advantage_neg) * tokens.logprobs
     metrics = _ratio_metrics(log_ratio, ratio) | {
@@ -197,7 +197,7 @@ def reinforce(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     """
     loss = -tokens.logprobs * (tokens.advantage_pos + tokens.advantage_neg)
     log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
-    return LossTerms(loss=loss, metrics=_ratio_metrics(log_ratio, _exp(log_ratio)))
+    return LossTerms(loss=loss, metrics=_ratio_metrics(log_ratio, ratio_of(log_ratio)))
 
 
 def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
@@ -205,7 +205,8 @@ def nll(tokens: TrainedTokens, settings: PolicyLossSettings) -> LossTerms:
     return LossTerms(loss=-tokens.logprobs * tokens.weight, metrics={})
 
 
-def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
+def ratio_of(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp of the logarithms of ratios of probabilities, always finite."""
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 

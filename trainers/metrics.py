@@ -70,15 +70,12 @@ class MetricSums:
         """Values >= 0 [M], reported as their exact quantile over all ranks."""
         self._quantiles.setdefault(name, (q, []))[1].append(values.detach().float())
 
-    def add_eff_sample_size(
-        self, name: str, weights: torch.Tensor, measure: torch.Tensor | None = None
-    ) -> None:
-        """Importance weights w [M] of samples that count ``measure`` [M] (1) each; reported as the
+    def add_eff_sample_size(self, name: str, weights: torch.Tensor, measure: torch.Tensor) -> None:
+        """Importance weights w [M] of samples that count ``measure`` m [M] each; reported as the
         share of them that equally weighted samples would be worth (Kish):
         ``(sum m w)^2 / (sum m * sum m w^2)``, in (0, 1].
         """
-        wide = weights.double()
-        measure = torch.ones_like(wide) if measure is None else measure.double()
+        wide, measure = weights.double(), measure.double()
         self._eff_sample_sizes.add(name)
         for part, value in enumerate((measure, measure * wide, measure * wide.square())):
             self._add(f"_{name}_{part}", value.sum())

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainers import attention
 from trainers.batch import PackedBatch
 from trainers.logprobs import LogprobHead
-from trainers.lora_settings import LoraSettings
+from trainers.settings import LearnerSettings
 
 if TYPE_CHECKING:
     from trainers.lora import Adapters
@@ -92,28 +92,20 @@ class PolicyModel(torch.nn.Module):
         return dict(state) if self.adapters is None else self.adapters.merged(state)
 
 
-def load_policy(
-    model_path: str,
-    *,
-    dtype: torch.dtype,
-    logprob_chunk_size: int = 4096,
-    fp32_lm_head: bool = False,
-    gradient_checkpointing: bool = False,
-    attention_kernel: str = "auto",
-    lora: LoraSettings | None = None,
-) -> PolicyModel:
+def load_policy(model_path: str, settings: LearnerSettings, *, trained: bool = True) -> PolicyModel:
     """Load a folder or Hub name with packed-tree attention, as one function of its weights: in
     evaluation mode, without dropout, noise on routers or sampled experts.
 
     Args:
-        lora: adapters to train in place of the weights.
+        trained: False: without adapters, and without recomputing layers for a gradient.
 
     Raises:
-        ValueError: the model's attention can't be trained on packed trees, ``attention_kernel``
-            can't work here, or the model has no such layers as ``lora`` asks for.
+        ValueError: the model's attention can't be trained on packed trees, the kernel that is asked
+            for can't work here, or the model has no such layers as ``lora`` asks for.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention.check_attention(attention_kernel, device, dtype)
+    dtype = getattr(torch, settings.dtype)
+    attention.check_attention(settings.attention, device, dtype)
     config = AutoConfig.from_pretrained(model_path)
     check_supported(config)
     switch_off_dropout(config)
@@ -125,21 +117,21 @@ def load_policy(
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights of {model_path!r} cannot be loaded: {error}") from error
     model.eval()
-    if gradient_checkpointing:
+    if trained and settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # which is when it recomputes; its parts stay as they are
     adapters = None
-    if lora is not None and lora.is_on:
+    if trained and settings.lora.is_on:
         from trainers.lora import Adapters  # peft takes a while to load
 
-        adapters = Adapters(model, lora)
+        adapters = Adapters(model, settings.lora)
     return PolicyModel(
         model,
-        logprob_chunk_size=logprob_chunk_size,
-        fp32_lm_head=fp32_lm_head,
-        attention_kernel=attention_kernel,
+        logprob_chunk_size=settings.logprob_chunk_size,
+        fp32_lm_head=settings.fp32_lm_head,
+        attention_kernel=settings.attention,
         adapters=adapters,
     )
 

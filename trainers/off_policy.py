@@ -21,15 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainers.batch import PackedBatch
-from trainers.kl import LARGEST_LOG_RATIO
-from trainers.losses import LeftOut, TrainedTokens, trained_leaves
+from trainers.losses import LeftOut, TrainedTokens, ratio_of, trained_leaves
 from trainers.off_policy_settings import OffPolicySettings
 from trainers.path_sums import path_sums
 
 
 def token_weights(log_ratio: torch.Tensor, settings: OffPolicySettings) -> torch.Tensor:
     """The correction's weight for each log rho, of its shape; 1 without a correction."""
-    ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    ratio = ratio_of(log_ratio)
     cap = settings.largest_weight
     if settings.correction == "tis":
         return ratio.clamp(max=cap)
@@ -79,20 +78,17 @@ class Correction:
     dropped: LeftOut
 
 
-def log_ratios(tokens: TrainedTokens) -> torch.Tensor:
-    """log rho [M], with the tokens' old log-probs as pi_prox."""
-    return tokens.old_logprobs - tokens.batch.behaviour_logprobs[tokens.index]
-
-
 def correction_of(
     tokens: TrainedTokens, settings: OffPolicySettings, *, of_responses: bool
 ) -> Correction | None:
-    """The correction's weights; None with ``none``. A response's rho is the geometric mean over its
-    trained tokens: a mean, so that long responses are not dropped or capped for their length.
+    """The correction's weights, with the tokens' old log-probs as pi_prox; None with ``none``. A
+    response's rho is the geometric mean over its trained tokens: a mean, so that long responses are
+    not dropped or capped for their length.
     """
     if settings.correction == "none":
         return None
-    log_ratio, batch = log_ratios(tokens), tokens.batch
+    batch = tokens.batch
+    log_ratio = tokens.old_logprobs - batch.behaviour_logprobs[tokens.index]
     if not of_responses:
         weights = token_weights(log_ratio, settings)
         everyone = torch.ones_like(batch.leaf_token, dtype=torch.bool)

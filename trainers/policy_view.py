@@ -13,6 +13,7 @@ import torch
 
 from trainers import mpt, off_policy
 from trainers.batch import PackedBatch, on_device
+from trainers.left_out import weight_without, without
 from trainers.losses import LeftOut, TrainedTokens, trained_leaves, trained_tokens
 from trainers.metrics import MetricSums, all_reduced
 from trainers.settings import LearnerSettings, is_sequence_level
@@ -71,12 +72,12 @@ def policy_view(
     of_responses = is_sequence_level(settings.policy_loss.name)
     correction = off_policy.correction_of(tokens, off, of_responses=of_responses)
     mastered = mpt.masks(tokens, settings.mpt, batch_entropy)
-    seen = tokens if mastered is None else mpt.without(tokens, mastered)
+    seen = tokens if mastered is None else without(tokens, mastered)
     seen = seen if correction is None else off_policy.corrected(seen, correction)
 
     dropped = correction.dropped if correction is not None and off.drops else None
     metrics = {
-        f"actor/{name}_masked_frac": 1 - mpt.weight_without(tokens, mask) / tokens.weight
+        f"actor/{name}_masked_frac": 1 - weight_without(tokens, mask) / tokens.weight
         for name, mask in (("correction", dropped), ("mpt", mastered))
         if mask is not None
     }
@@ -86,8 +87,8 @@ def policy_view(
         sequence_metrics["actor/mpt_responses_frac"] = gated.to(tokens.weight.dtype)
     return PolicyView(
         tokens=seen,
-        seen_weight=_weight_without(tokens, dropped, mastered),
-        counted_weight=_weight_without(
+        seen_weight=_weight_left(tokens, dropped, mastered),
+        counted_weight=_weight_left(
             tokens,
             None if off.masked_in_denominator else dropped,
             None if settings.mpt.masked_in_denominator else mastered,
@@ -98,20 +99,20 @@ def policy_view(
     )
 
 
-def _weight_without(
+def _weight_left(
     tokens: TrainedTokens, dropped: LeftOut | None, mastered: LeftOut | None
 ) -> torch.Tensor:
     """``weight`` [M] without what a correction drops (some tokens of all leaves, or all tokens of
     some) and what MPT masking takes (some tokens of some leaves).
     """
     if dropped is not None and bool(dropped.leaves.all()):
-        return torch.where(dropped.tokens, 0.0, _weight_without(tokens, None, mastered))
+        return torch.where(dropped.tokens, 0.0, _weight_left(tokens, None, mastered))
     if dropped is not None:
         batch = tokens.batch
         kept = replace(batch, leaf_weight=torch.where(dropped.leaves, 0.0, batch.leaf_weight))
-        weight = mpt.weight_without(tokens, dropped)
-        return _weight_without(replace(tokens, weight=weight, batch=kept), None, mastered)
-    return tokens.weight if mastered is None else mpt.weight_without(tokens, mastered)
+        weight = weight_without(tokens, dropped)
+        return _weight_left(replace(tokens, weight=weight, batch=kept), None, mastered)
+    return tokens.weight if mastered is None else weight_without(tokens, mastered)
 
 
 def add_masked(

@@ -19,14 +19,7 @@ from treepo.base.digest import combine_digests, tensor_digests
 
 def load_reference(model_path: str, settings: LearnerSettings, device: torch.device) -> PolicyModel:
     """The model of ``model_path`` as the learner computes it, without gradient."""
-    policy = load_policy(
-        model_path,
-        dtype=getattr(torch, settings.dtype),
-        logprob_chunk_size=settings.logprob_chunk_size,
-        fp32_lm_head=settings.fp32_lm_head,
-        attention_kernel=settings.attention,
-    )
-    return policy.requires_grad_(False).to(device)
+    return load_policy(model_path, settings, trained=False).requires_grad_(False).to(device)
 
 
 class Reference:

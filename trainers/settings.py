@@ -178,10 +178,8 @@ class PolicyLossSettings:
         known = self.kl_loss_type in KL_LOSS_TYPES
         _check("policy_loss.kl_loss_type", self.kl_loss_type, known, allowed)
         if self.kl_loss_type != "k3" and self.kl_loss_coef == 0:
-            raise ValueError(
-                f"trainer.learner.policy_loss.kl_loss_type={self.kl_loss_type!r} is not used with "
-                "kl_loss_coef=0: set kl_loss_coef (such as 0.001), or leave kl_loss_type out"
-            )
+            mend = "set kl_loss_coef (such as 0.001), or leave kl_loss_type out"
+            raise unused("policy_loss.kl_loss_type", self.kl_loss_type, "kl_loss_coef=0", mend)
 
     def bounds(self) -> ClipBounds:
         """The ratio's bounds, those left out filled in; infinite where the loss has none."""
@@ -258,11 +256,8 @@ class LearnerSettings:
         if self.reference == "own":
             return
         if not self.has_reference:
-            raise ValueError(
-                f"trainer.learner.reference={self.reference!r} is not used with "
-                "policy_loss.kl_loss_coef=0: set kl_loss_coef (such as 0.001), or leave reference "
-                "out"
-            )
+            mend = "set kl_loss_coef (such as 0.001), or leave reference out"
+            raise unused("reference", self.reference, "policy_loss.kl_loss_coef=0", mend)
         if self.reference == "lora_off" and not self.lora.is_on:
             raise ValueError(
                 "trainer.learner.reference='lora_off' needs adapters to switch off, but with "
@@ -283,14 +278,14 @@ class LearnerSettings:
                 "are the same (a loss's own ratio is then to the sampler): set "
                 "old_logprobs='recomputed', or leave the correction out"
             )
-        if self.old_logprobs == "recomputed" and correction == "none":
-            if not self._traits.uses_old_logprobs:
-                users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
-                raise ValueError(
-                    f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
-                    f"{loss!r}, which has no ratio: leave it out, choose {' or '.join(users)}, or "
-                    "weight tokens with off_policy.correction, such as 'tis'"
-                )
+        has_use = correction != "none" or self._traits.uses_old_logprobs
+        if self.old_logprobs == "recomputed" and not has_use:
+            users = [name for name, traits in LOSS_TRAITS.items() if traits.uses_old_logprobs]
+            raise ValueError(
+                f"trainer.learner.old_logprobs='recomputed' is not used by policy_loss.name="
+                f"{loss!r}, which has no ratio: leave it out, choose {' or '.join(users)}, or "
+                "weight tokens with off_policy.correction, such as 'tis'"
+            )
 
     def _refuse_without_advantages(self) -> None:
         where = f"policy_loss.name={self.policy_loss.name!r}, which is supervised"

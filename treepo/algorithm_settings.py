@@ -7,6 +7,7 @@ from typing import Any
 
 from treepo.base.registry import Registry
 from treepo.base.typed import check_types
+from treepo.checks_of_settings import require_one_of
 
 NORMALISATIONS = ("auto", "tree", "batch", "leaves", "tokens", "release", "none")
 LOSS_WEIGHTINGS = ("token_mean", "sequence_mean", "fixed_length")
@@ -112,10 +113,13 @@ class AdvantageSettings:
 
     def __post_init__(self) -> None:
         check_types(self, "algorithm.")
-        self._choice("normalisation", NORMALISATIONS)
-        self._choice("loss_weighting", LOSS_WEIGHTINGS)
-        self._choice("filter_groups_metric", FILTER_METRICS)
-        self._choice("overlong", OVERLONG_RULES)
+        for name, allowed in (
+            ("normalisation", NORMALISATIONS),
+            ("loss_weighting", LOSS_WEIGHTINGS),
+            ("filter_groups_metric", FILTER_METRICS),
+            ("overlong", OVERLONG_RULES),
+        ):
+            require_one_of(f"algorithm.{name}", getattr(self, name), allowed)
         if not self.adv_eps > 0:
             raise ValueError(f"algorithm.adv_eps={self.adv_eps!r}: it must be > 0, such as 1e-6")
         self._check_normalisation()
@@ -181,11 +185,4 @@ class AdvantageSettings:
             raise ValueError(
                 "algorithm.norm_adv_by_std_in_grpo=False leaves no use for algorithm.normalisation="
                 f"{self.normalisation!r}: drop one of them"
-            )
-
-    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(
-                f"algorithm.{name}={getattr(self, name)!r} is unknown; choose one of "
-                f"{', '.join(allowed)}"
             )

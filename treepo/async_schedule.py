@@ -35,12 +35,13 @@ from treepo.pools import (
     Group,
     Pools,
     Unfinished,
+    begin_trees,
     finished_group,
     hands_on,
     leaf_keys,
     put_aside,
 )
-from treepo.submission import of_growth, of_tree
+from treepo.submission import of_what_is_over
 
 # Prompts of new problems; told the step, from 1, and the epoch, which name their draws.
 MakePrompts = Callable[[Sequence[Problem], int, int], Sequence[Prompt]]
@@ -264,12 +265,7 @@ def _new_prompts(
     held = list({entry.problem.id: entry.problem for entry in state.outstanding}.values())
     problems, position = state.order.next_batch(state.position, number, besides=held)
     step = state.step + 1
-    entries = [
-        Unfinished(problem=problem, work=prompt, begun=step, oldest_version=version)
-        for problem, prompt in zip(
-            problems, make_prompts(problems, step, position.epoch), strict=True
-        )
-    ]
+    entries = begin_trees(problems, make_prompts(problems, step, position.epoch), step, version)
     return replace(state, position=position, num_begun=state.num_begun + number), entries
 
 
@@ -300,8 +296,14 @@ def _without_late(state: Schedule) -> Schedule:
         unfinished=tuple(e for e in state.unfinished if not is_late(state, e)),
         experience=tuple(e for e in state.experience if not is_late(state, e)),
         position=state.order.give_back(state.position, [entry.problem for entry in late]),
+        lengths=_seen(state, [e.work for e in late if isinstance(e, Unfinished)]),
         num_dropped=state.num_dropped + len(late),
     )
+
+
+def _seen(state: Schedule, over: Sequence[Tree | Prompt | Growth]) -> LengthStatistics:
+    """Lengths of responses with those of trees that are over now."""
+    return state.lengths.add(of_what_is_over(over, state.rules.max_response_length))
 
 
 def is_late(state: Schedule, entry: Unfinished | Group) -> bool:
@@ -323,11 +325,7 @@ def slice_ended(state: Schedule, rank: int, results: Sequence[Tree | Growth]) ->
     unfinished = [
         put_aside(e, result, {}, None) for e, result in alive if isinstance(result, Growth)
     ]
-    cap = state.rules.max_response_length
-    seen = [o for _, tree in pairs if isinstance(tree, Tree) for o in of_tree(tree, cap)]
-    for entry, result in pairs:
-        if isinstance(result, Growth) and is_late(state, entry):
-            seen += of_growth(result, cap)
+    over = [result for e, result in pairs if isinstance(result, Tree) or is_late(state, e)]
     state = _with_worker(state, rank, replace(state.workers[rank], growing=()))
     ended = {entry.problem.id for entry in entries}
     homes = {name: home for name, home in state.homes.items() if name not in ended}
@@ -337,7 +335,7 @@ def slice_ended(state: Schedule, rank: int, results: Sequence[Tree | Growth]) ->
         unfinished=tuple(sorted([*state.unfinished, *unfinished], key=_age)),
         unjudged=(*state.unjudged, *finished),
         position=state.order.give_back(state.position, [entry.problem for entry in late]),
-        lengths=state.lengths.add(seen),
+        lengths=_seen(state, over),
         num_finished=state.num_finished + len(finished),
         num_dropped=state.num_dropped + len(late),
     )

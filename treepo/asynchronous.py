@@ -16,24 +16,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rollout.growth import Growth, GrowthLimits
+from rollout.growth import GrowthLimits
 from rollout.metrics import CostLedger
-from rollout.strategies.base import STRATEGIES, Prompt
-from rollout.tree import Tree
+from rollout.strategies.base import Prompt
 from treepo import async_schedule as schedule
 from treepo.advantages import filter_groups
-from treepo.cluster import Call
+from treepo.calls import Call
 from treepo.data import Problem
 from treepo.data_order import DataPosition
+from treepo.drawing import expectations, finished_part_of
 from treepo.dynamic_sampling import GenBatch
 from treepo.idle_time import IdleTime
 from treepo.lesson import Lesson
 from treepo.pipelines import num_in_flight
-from treepo.pools import Group, Unfinished
+from treepo.pools import Group
 from treepo.segmented import SegmentBatch, gen_batch, num_segments
 from treepo.step import make_prompts
 from treepo.step_metrics import version_metrics
-from treepo.submission import expected_tokens
 from treepo.sync import Weights, prove_arrival
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ class AsyncRun:
         self.session = session
         trainer = session.config.trainer
         segments, size = trainer.segments, trainer.train_batch_size
-        name, self._rollout = session.strategy
-        self._strategy = STRATEGIES.get(name)(self._rollout)
+        self._finished_part = finished_part_of(session)
         num_workers = session.config.cluster.num_rollout_workers
         self.now = schedule.begin(
             schedule.Rules(
@@ -82,7 +80,7 @@ class AsyncRun:
                 on_stale=segments.on_stale,
                 num_in_flight=num_in_flight(trainer),
                 total_steps=trainer.total_steps,
-                max_response_length=self._rollout.max_response_length,
+                max_response_length=session.strategy[1].max_response_length,
             ),
             session.order,
             position=DataPosition.of(session.state.data_position),
@@ -205,17 +203,16 @@ class AsyncRun:
 
     def _begin_slices(self) -> None:
         self.now, begun = schedule.slices(self.now, self._make_prompts)
-        segments, (name, settings) = self.session.config.trainer.segments, self.session.strategy
+        segment_length = self._limits.segment_length
         for rank, entries in begun:
-            expected = None
-            if segments.submit == "longest_first":
-                expected = self._expected_tokens(entries)
+            expected = expectations(
+                self.session, entries, self.now.lengths, segment_length, self._finished_part
+            )
             call = self.session.cluster.begin_on_rollout(
                 rank,
                 "grow",
                 [entry.work for entry in entries],
-                name,
-                settings,
+                *self.session.strategy,
                 self.now.workers[rank].version,
                 self._limits,
                 expected,
@@ -310,9 +307,8 @@ class AsyncRun:
     def _loaded(self, rank: int, weights: Weights, answers: list[Any]) -> None:
         session = self.session
         digests, scores = answers
-        difference = prove_arrival(
-            f"rollout worker {rank}", weights, digests, scores, session.config.engine.dtype
-        )
+        dtypes = session.config.engine.dtype, session.config.trainer.learner.dtype
+        difference = prove_arrival(f"rollout worker {rank}", weights, digests, scores, dtypes)
         self._seen.golden_difference = max(self._seen.golden_difference, difference)
         confirmed = session.cluster.begin_on_rollout(rank, "confirm", weights.version)
         self._await([confirmed], lambda answers: None)
@@ -335,21 +331,6 @@ class AsyncRun:
     def _make_prompts(self, problems: Sequence[Problem], step: int, epoch: int) -> list[Prompt]:
         # A problem may come again within a step, but then of another epoch.
         return make_prompts(problems, self.session.config.seed, "train", step, epoch)
-
-    def _expected_tokens(self, entries: Sequence[Unfinished]) -> list[float]:
-        finished_part = None
-        if hasattr(self._strategy, "finished_part"):
-
-            def finished_part(growth: Growth) -> Tree:
-                return self._strategy.finished_part(growth.state)
-
-        return expected_tokens(
-            entries,
-            self.now.lengths,
-            segment_length=self._limits.segment_length,
-            rollout=self._rollout,
-            finished_part=finished_part,
-        )
 
     def summary(self) -> dict[str, float]:
         """For ``summary.json``: shares of this life of the run's steps."""

@@ -3,7 +3,8 @@
 ``checkpoints/global_step_N/`` holds ``learner/`` (weights, optimiser, schedule and random states, a
 file a rank), ``hf/`` (a Hugging Face folder, what evaluation and export read), ``state.json``
 (where the run stands), with segmented rollout ``pools.pkl`` (unfinished trees and experience, see
-``treepo/pools.py``) and ``complete.json``, the completion marker: written last, it lists every
+``treepo/pools.py``), with the one-step pipeline ``ahead.pkl`` (the next step's batch) and
+``complete.json``, the completion marker: written last, it lists every
 file with its size. The folder is written under a temporary name and renamed, so a crash leaves
 either the old state or the new one. ``latest_checkpointed_iteration.txt`` names the newest step.
 """

@@ -4,14 +4,20 @@ that a reward cannot judge or a model cannot learn from, by rules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treepo.cleaning.settings import DEFAULT_RULES, RULES, RuleSettings, check_rules
 from treepo.cli import run_command
 from treepo.data_settings import DataSettings
+
+if TYPE_CHECKING:
+    from treepo.cleaning.records import CleanItem
+    from treepo.cleaning.rows import SourceRow
+    from treepo.cleaning.run import Event
 
 
 @dataclass
@@ -56,7 +62,7 @@ def work(config: CleanConfig, dry_run: bool) -> None:
         return
     left = iter(cleaned.items)
     after = [next(left) if is_on else item for item, is_on in zip(items, chosen, strict=True)]
-    _write(output, config, rows, items, after, counts, cleaned.events)
+    _write(output, config.data, rows, after, counts, cleaned.events)
     print(f"wrote {output}: rows, changes.jsonl, report.json")
 
 
@@ -65,26 +71,26 @@ def is_chosen(data_source: str, patterns: list[str]) -> bool:
     return not patterns or any(fnmatch(data_source, pattern) for pattern in patterns)
 
 
-def _write(output: Path, config, rows, items, after, counts, events) -> None:
+def _write(
+    output: Path,
+    data: DataSettings,
+    rows: Sequence[SourceRow],
+    after: Sequence[CleanItem | None],
+    counts: dict[str, Any],
+    events: Sequence[Event],
+) -> None:
     """Files of rows named as those that were read, ``changes.jsonl``, ``report.json``."""
     from treepo.atomic import write_json, write_json_lines
     from treepo.cleaning.rows import CHANGES, REPORT, with_source, write_rows
-    from treepo.data_rows import parse_row
+    from treepo.data import parsed
 
     files: dict[str, list[dict[str, Any]]] = {row.output: [] for row in rows}
     origin = {row.output: row.raw.origin for row in rows}
-    for row, before, now in zip(rows, items, after, strict=True):
+    for row, now in zip(rows, after, strict=True):
         if now is None:
             continue
-        columns = dict(row.columns) if now == before else row.changed(now)
-        columns = with_source(row, columns, config.data)
-        again = parse_row(
-            columns,
-            id=row.row.id,
-            where=row.row.where,
-            row_format=row.row_format,
-            data_source=row.row.data_source,
-        )
+        columns = with_source(row, row.changed(now), data)
+        again = parsed(replace(row.raw, columns=columns), data)
         assert now.answer is None or str(again.ground_truth) == now.answer, row.row.where
         files[row.output].append(columns)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """What a training run can be told: plain dataclasses, checked when they are built. No torch in
 here.
 
-Each room brings its own settings; this file adds what only the roof knows and checks what spans
-rooms.
+Each room brings its own settings; this file adds what only the roof knows. What spans rooms is
+checked in ``treepo/config_checks.py``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from typing import Any
 from rewards.settings import RewardSettings
 from rollout.sampling_settings import COOLEST
 from rollout.settings import EngineSettings
-from trainers.settings import LOSS_TRAITS, LearnerSettings, is_sequence_level, loss_traits
-from treepo.algorithm_settings import (
-    ESTIMATOR_TRAITS,
-    AdvantageSettings,
-    estimator_traits,
-    leaf_level_estimators,
-)
+from trainers.settings import LearnerSettings
+from treepo import config_checks as checks
+from treepo.algorithm_settings import AdvantageSettings
+from treepo.checks_of_settings import require
 from treepo.cli import settings_from
 from treepo.data_settings import DataSettings
 from treepo.pipelines import check_pipeline
@@ -56,8 +53,9 @@ class TrainerConfig:
     shuffle_rewards: bool = (
         False  # control experiment: permute the batch's rewards among its leaves
     )
-    # sync: sample, learn, publish in turn | async: all at once; needs the segments' settings of
-    # trainer=async, cluster.colocate=false and a correction for tokens of older weights
+    # sync: sample, learn, publish in turn | one_step: sample the next batch while learning from
+    # this one | async: all at once; needs the segments' settings of trainer=async. The last two
+    # need cluster.colocate=false and a correction for tokens of older weights (trainer=one_step)
     pipeline: str = "sync"
     segments: SegmentSettings = field(default_factory=SegmentSettings)
     learner: LearnerSettings = field(default_factory=LearnerSettings)
@@ -152,10 +150,8 @@ class ClusterConfig:
             "cluster.weight_transport", self.weight_transport,
             self.weight_transport in WEIGHT_TRANSPORTS, " or ".join(WEIGHT_TRANSPORTS),
         )  # fmt: skip
-        require(
-            "cluster.weight_timeout_seconds", self.weight_timeout_seconds,
-            self.weight_timeout_seconds > 0, "> 0",
-        )  # fmt: skip
+        for name in ("weight_timeout_seconds", "start_timeout_seconds", "call_timeout_seconds"):
+            require(f"cluster.{name}", getattr(self, name), getattr(self, name) > 0, "> 0")
         if self.sleep and not self.colocate:
             raise ValueError(
                 "cluster.sleep=true is for samplers and learners that take turns, but with "
@@ -210,26 +206,16 @@ class TrainConfig:
                 f"trainer.ppo_mini_batch_size={prompts}: some ranks would never have a tree to "
                 "train on; lower the one or raise the other"
             )
-        self._check_reference()
-        if self.cluster.sleeps and self.engine.keeps_kv and not self.engine.kv_on_host:
-            raise ValueError(
-                "engine.kv_over_update=keep leaves keys and values in the pool, whose memory is "
-                "given up for every update (cluster.sleep): set engine.kv_on_host=true, or "
-                "cluster.sleep=false"
-            )
-        if self.engine.keeps_kv and not self.trainer.segments.is_on:
-            raise ValueError(
-                "engine.kv_over_update=keep is for trees that go on after an update, and with "
-                "trainer.segments.segment_length=0 none does: set "
-                "trainer.segments.segment_length, or leave kv_over_update out"
-            )
+        checks.check_reference(self)
+        checks.check_kept_kv(self)
         name, strategy = strategy_settings(self)
-        self._check_lengths(strategy)
-        check_uses_advantages(self.trainer.learner.policy_loss.name)
-        check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
-        check_masks(self.algorithm, self.trainer.learner)
-        check_forks(self.algorithm, name, strategy)
-        check_segments(self, strategy)
+        checks.check_lengths(self, strategy)
+        checks.check_uses_advantages(self.trainer.learner.policy_loss.name)
+        checks.check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
+        checks.check_masks(self.algorithm, self.trainer.learner)
+        checks.check_ages(self)
+        checks.check_forks(self.algorithm, name, strategy)
+        checks.check_segments(self, strategy)
         check_pipeline(self)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
@@ -237,39 +223,6 @@ class TrainConfig:
             raise ValueError(
                 f"trainer.learner.optimizer.lr_warmup_steps={warmup} is not less than the run's "
                 f"{updates} updates: lower it, or raise trainer.total_steps"
-            )
-
-    def _check_reference(self) -> None:
-        workers, reference = self.cluster.num_reference_workers, self.trainer.learner.reference
-        if reference == "actor" and not workers:
-            raise ValueError(
-                "trainer.learner.reference='actor' needs processes that hold the reference, but "
-                "cluster.num_reference_workers=0: set it to 1 or more, or choose "
-                "trainer.learner.reference=own"
-            )
-        if workers and reference != "actor":
-            raise ValueError(
-                f"cluster.num_reference_workers={workers} is not used with "
-                f"trainer.learner.reference={reference!r}: leave it out, or set "
-                "trainer.learner.reference=actor"
-            )
-
-    def _check_lengths(self, strategy: Any) -> None:
-        path = self.max_prompt_length + strategy.max_response_length
-        if path > self.engine.num_kv_slots:
-            raise ValueError(
-                f"engine.num_kv_slots={self.engine.num_kv_slots} cannot hold one path of "
-                f"{path} tokens (max_prompt_length + rollout.max_response_length): raise it to at "
-                f"least {path}, better to {path * strategy.n} for a whole tree"
-            )
-        tree = self.max_prompt_length + strategy.n * strategy.max_response_length
-        limit = self.trainer.learner.max_tokens_per_micro_batch
-        if tree > limit:
-            raise ValueError(
-                f"trainer.learner.max_tokens_per_micro_batch={limit} cannot hold a prompt's "
-                f"largest tree of {tree} tokens (max_prompt_length + rollout.n x "
-                f"rollout.max_response_length), and a tree is not split: raise it to {tree}, or "
-                "lower one of the three"
             )
 
 
@@ -289,126 +242,6 @@ def strategy_settings(config: TrainConfig) -> tuple[str, Any]:
         )
     settings_class = STRATEGIES.get(name).Settings
     return name, settings_from(settings_class, values, where=f"rollout (strategy {name})")
-
-
-def check_levels(algorithm: AdvantageSettings, policy_loss: str) -> None:
-    """A loss with one term a response needs one advantage a response.
-
-    Raises:
-        ValueError: the estimator gives a response's segments different ones.
-    """
-    node_level = estimator_traits(algorithm.adv_estimator).is_node_level
-    if is_sequence_level(policy_loss) and node_level:
-        raise ValueError(
-            f"trainer.learner.policy_loss.name={policy_loss!r} needs one advantage a response, but "
-            f"algorithm.adv_estimator={algorithm.adv_estimator!r} gives each segment its own: "
-            f"choose a loss of tokens such as 'ppo_clip', or one of the estimators "
-            f"{', '.join(leaf_level_estimators())}"
-        )
-
-
-def check_masks(algorithm: AdvantageSettings, learner: LearnerSettings) -> None:
-    """Masks of tokens fit the advantages and what the loss is divided by.
-
-    Raises:
-        ValueError: MPT masking with advantages of segments; masked tokens are to leave a
-            denominator that counts no tokens.
-    """
-    gate, estimator = learner.mpt.gate, algorithm.adv_estimator
-    if gate != "never" and estimator_traits(estimator).is_node_level:
-        raise ValueError(
-            f"trainer.learner.mpt.gate={gate!r} masks a response's share of a token, but "
-            f"algorithm.adv_estimator={estimator!r} gives all responses of a segment one advantage "
-            "together: set trainer.learner.mpt.gate='never', or choose one of the estimators "
-            f"{', '.join(leaf_level_estimators())}"
-        )
-    for name, masks in (("off_policy", learner.off_policy), ("mpt", learner.mpt)):
-        if algorithm.loss_weighting == "fixed_length" and not masks.masked_in_denominator:
-            raise ValueError(
-                f"trainer.learner.{name}.masked_in_denominator=False takes masked tokens out of "
-                "the number of tokens that the loss is divided by, and "
-                "algorithm.loss_weighting='fixed_length' divides by a constant: leave it out, or "
-                "set algorithm.loss_weighting='token_mean'"
-            )
-
-
-def check_uses_advantages(policy_loss: str) -> None:
-    """A loss without advantages would train on every response alike, right or wrong.
-
-    Raises:
-        ValueError: the policy loss is one for supervised training.
-    """
-    if not loss_traits(policy_loss).uses_advantages:
-        others = [name for name, traits in LOSS_TRAITS.items() if traits.uses_advantages]
-        raise ValueError(
-            f"trainer.learner.policy_loss.name={policy_loss!r} leaves rewards and advantages out, "
-            f"so it is for python -m treepo.sft alone: choose {', '.join(others)}"
-        )
-
-
-def check_forks(algorithm: AdvantageSettings, strategy_name: str, strategy: Any) -> None:
-    """An estimator that compares responses below the prompt needs trees that fork there.
-
-    Raises:
-        ValueError: the rollout makes none, so that every advantage would be 0.
-    """
-    if not estimator_traits(algorithm.adv_estimator).needs_forks:
-        return
-    divergence = getattr(strategy, "initial_divergence_min", 0)
-    if strategy_name != "flat" and divergence < strategy.n:
-        return
-    cause, mend = "rollout=flat", "rollout=treepo"
-    if strategy_name != "flat":
-        cause = f"rollout.initial_divergence_min={divergence} (rollout.n={strategy.n})"
-        mend = f"rollout.initial_divergence_min and _max below {strategy.n}"
-    raise ValueError(
-        f"algorithm.adv_estimator={algorithm.adv_estimator!r} compares responses that share a "
-        f"segment below the prompt, and with {cause} there are none, so every advantage would be "
-        f"0: choose algorithm.adv_estimator='grpo', or {mend}"
-    )
-
-
-def check_segments(config: TrainConfig, strategy: Any) -> None:
-    """
-    Raises:
-        ValueError: segments that do not fit the rollout, or further batches in a step of them.
-    """
-    segments, algorithm = config.trainer.segments, config.algorithm
-    segments.check_against(n=strategy.n, max_response_length=strategy.max_response_length)
-    if segments.is_on and algorithm.max_num_gen_batches > 1:
-        raise ValueError(
-            f"algorithm.max_num_gen_batches={algorithm.max_num_gen_batches} asks for further "
-            "batches of prompts within a step, and with trainer.segments.segment_length="
-            f"{segments.segment_length} a step grows every prompt by one segment alone: set "
-            "algorithm.max_num_gen_batches=1 and trainer.segments.train_on=full_batch, under which "
-            "an update waits until trainer.train_batch_size groups with a signal are there"
-        )
-
-
-def check_group(algorithm: AdvantageSettings, strategy: Any) -> None:
-    """A baseline of the other responses needs other responses, and different ones. (An evaluation
-    does not.)
-
-    Raises:
-        ValueError: there is one response a prompt, or all are the greedy one.
-    """
-    if strategy.n == 1 and algorithm.adv_estimator in ESTIMATOR_TRAITS.keys() - {"reinforce_pp"}:
-        raise ValueError(
-            f"algorithm.adv_estimator={algorithm.adv_estimator!r} compares a prompt's responses, "
-            "and with rollout.n=1 there is one: raise rollout.n, or choose "
-            "algorithm.adv_estimator='reinforce_pp'"
-        )
-    if strategy.n > 1 and strategy.temperature == 0:
-        raise ValueError(
-            f"rollout.temperature=0.0 draws the same greedy response rollout.n={strategy.n} times, "
-            "so there is nothing to compare: set rollout.temperature to 1.0, say"
-        )
-
-
-def require(field_name: str, value: object, ok: bool, allowed: str) -> None:
-    """Raise a ``ValueError`` that names the field, its value and what is allowed, unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{field_name}={value!r} is out of range: it must be {allowed}")
 
 
 def resolve_model_path(path: str) -> str:

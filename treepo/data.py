@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def load_problems(settings: DataSettings, tokenizer: Any, max_prompt_length: int
         ValueError: an unknown source, a file or row that cannot be read (the message says where and
             what is expected), two problems of one id, or no problem at all.
     """
-    rows = _take(_rows(settings), settings.max_samples)
+    rows = list(islice(_rows(settings), settings.max_samples or None))
     if not rows:
         raise ValueError(f"data.source={settings.source}: there are no rows")
     most, count = Counter(row.id for row in rows).most_common(1)[0]
@@ -260,10 +261,13 @@ def raw_hub_rows(settings: DataSettings) -> Iterator[RawRow]:
         )
 
 
-def _rows(settings: DataSettings) -> Iterator[Row]:
-    """Rows of a registered source, or what user code gives, read as rows."""
-    source = DATA_SOURCES.get(settings.source)
-    given = source(settings)
+def given_rows(settings: DataSettings) -> Iterator[RawRow | Row]:
+    """What a registered source or user code gives, each row with its place.
+
+    Raises:
+        ValueError: it gives no rows.
+    """
+    given = DATA_SOURCES.get(settings.source)(settings)
     if not isinstance(given, Iterable):
         raise ValueError(
             f"data source {settings.source!r} must return rows, it returned {type(given).__name__}"
@@ -272,22 +276,18 @@ def _rows(settings: DataSettings) -> Iterator[Row]:
         if isinstance(row, Row):
             yield row
         else:
-            yield parse_row(
-                row,
+            yield RawRow(
+                columns=row,
                 id=f"{settings.source}:{index}",
                 where=f"{settings.source}, row {index}",
-                row_format=settings.row_format,
+                origin="",
                 data_source=settings.data_source,
             )
 
 
-def _take(rows: Iterator[Row], most: int) -> list[Row]:
-    taken = []
-    for row in rows:
-        taken.append(row)
-        if len(taken) == most:
-            break
-    return taken
+def _rows(settings: DataSettings) -> Iterator[Row]:
+    given = given_rows(settings)
+    return (row if isinstance(row, Row) else parsed(row, settings) for row in given)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:

@@ -4,10 +4,11 @@ of all that is unfinished.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rollout.growth import Growth, GrowthLimits
+from rollout.length_statistics import LengthStatistics
 from rollout.metrics import CostLedger
 from rollout.strategies.base import STRATEGIES
 from rollout.tree import Tree
@@ -42,32 +43,55 @@ def draw_batches(session: Session, step: int, position: DataPosition) -> StepBat
     return gather(draw, session.order, position, size, config.algorithm)
 
 
-def draw_segments(session: Session, step: int, position: DataPosition) -> SegmentBatch:
-    """One segment more of the session's unfinished trees and of new problems, and what the update
-    takes from the experience pool.
+def finished_part_of(session: Session) -> Callable[[Growth], Tree] | None:
+    """How to get the responses that an unfinished tree has finished, as a tree; None: the session's
+    strategy cannot tell.
     """
     name, settings = session.strategy
-    strategy = STRATEGIES.get(name)(settings)
-    version, segments = session.state.policy_version, session.config.trainer.segments
-    finished_part = None
-    if hasattr(strategy, "finished_part"):
+    finished_part = getattr(STRATEGIES.get(name)(settings), "finished_part", None)
+    return finished_part and (lambda growth: finished_part(growth.state))
 
-        def finished_part(growth: Growth) -> Tree:
-            return strategy.finished_part(growth.state)
+
+def expectations(
+    session: Session,
+    growing: Sequence[Unfinished],
+    lengths: LengthStatistics,
+    segment_length: int,
+    finished_part: Callable[[Growth], Tree] | None,
+) -> list[float] | None:
+    """What each tree is expected to draw, so that the longest can be served first; None: they are
+    served as they come (``trainer.segments.submit``).
+    """
+    if session.config.trainer.segments.submit != "longest_first":
+        return None
+    return expected_tokens(
+        growing,
+        lengths,
+        segment_length=segment_length,
+        rollout=session.strategy[1],
+        finished_part=finished_part,
+    )
+
+
+def draw_segments(
+    session: Session, step: int, position: DataPosition, trains_at: int
+) -> SegmentBatch:
+    """One segment more of the session's unfinished trees and of new problems, and what the update
+    takes from the experience pool.
+
+    Args:
+        trains_at: the policy version that this update starts from.
+    """
+    name, settings = session.strategy
+    version, finished_part = session.state.policy_version, finished_part_of(session)
 
     def grow(
         growing: Sequence[Unfinished], limits: GrowthLimits
     ) -> tuple[list[Tree | Growth], CostLedger]:
         session.progress.stage("sampling segments")
-        expected = None
-        if segments.submit == "longest_first":
-            expected = expected_tokens(
-                growing,
-                session.pools.lengths,
-                segment_length=limits.segment_length,
-                rollout=settings,
-                finished_part=finished_part,
-            )
+        expected = expectations(
+            session, growing, session.pools.lengths, limits.segment_length, finished_part
+        )
         work = [entry.work for entry in growing]
         with session.clock("gen"):
             return session.cluster.grow(work, name, settings, version, limits, expected)
@@ -77,6 +101,7 @@ def draw_segments(session: Session, step: int, position: DataPosition) -> Segmen
         position,
         step=step,
         version=version,
+        trains_at=trains_at,
         order=session.order,
         config=session.config,
         rollout=settings,

@@ -33,7 +33,9 @@ def work(config: EvaluateConfig, dry_run: bool) -> None:
     if not config.evaluation.splits:
         raise ValueError(
             "evaluation.splits is empty: name an experiment that has held-out problems with "
-            "+experiment=NAME, or give a split, e.g. +evaluation.splits.test.source=..."
+            "+experiment=NAME, and put yours in their place if you have some, e.g. "
+            "+experiment=gsm8k evaluation.splits.gsm8k.source=file "
+            "'evaluation.splits.gsm8k.files=[test.jsonl]'"
         )
     if dry_run:
         print(to_yaml(config))

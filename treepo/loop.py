@@ -15,7 +15,14 @@ from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.cli import differing_keys, to_yaml, typed_overrides
 from treepo.config import TrainConfig
 from treepo.progress import Progress, quiet_libraries, show_summary
-from treepo.run_folder import RunFolder, RunLock, begin_run, claim_unfinished_run, point_latest_at
+from treepo.run_folder import (
+    RunFolder,
+    RunLock,
+    begin_run,
+    claim_unfinished_run,
+    list_runs,
+    point_latest_at,
+)
 
 if TYPE_CHECKING:
     from treepo.evaluation import Evaluation
@@ -53,6 +60,8 @@ def train(config: TrainConfig) -> RunFolder:
             start_step=read_state(checkpoint).step if checkpoint else 0,
             title=f"{run.experiment} {run.run_id}",
         ) as progress:
+            if checkpoint is None and (note := note_of_others(config, run)):
+                progress.say(note)
             with open_session(config, inputs, run, checkpoint, progress) as session:
                 summary = train_session(session)
         run.finish(summary)
@@ -103,6 +112,24 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
         return begin_run(outputs, config.experiment_name, text)
     point_latest_at(outputs, same[0])
     return same
+
+
+def note_of_others(config: TrainConfig, run: RunFolder) -> str:
+    """What a new run is to say of the unfinished one before it, which it does not go on with;
+    empty: there is none. ``run``: the new one.
+    """
+    if config.resume_mode != "auto":
+        return ""
+    others = [r for r in list_runs(Path(config.output_dir), run.experiment) if r.path != run.path]
+    if not others or others[0].is_finished or latest_checkpoint(others[0].checkpoints) is None:
+        return ""
+    saved, text = others[0].config_file.read_text(), run.config_file.read_text()
+    if not (differing := differing_keys(saved, text)):
+        return ""  # another process works on it
+    return (
+        f"a new run: the unfinished {others[0].path} has other settings ({', '.join(differing)}); "
+        "to go on with it, give it its own"
+    )
 
 
 def train_session(session: Session) -> dict[str, Any]:

@@ -4,7 +4,7 @@ life's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from rollout.strategies.base import STRATEGIES
 from rollout.strategies.finish import BoxedAnswer
 from rollout.strategies.settings import TreePOSettings
 from treepo.checkpoint import RunState, read_state
-from treepo.cluster import Cluster, check_resources, local_resources
+from treepo.cluster import Cluster
 from treepo.config import (
     TrainConfig,
     learner_settings,
@@ -26,11 +26,15 @@ from treepo.config import (
     strategy_settings,
 )
 from treepo.data import Problem, ProblemOrder, load_problems
+from treepo.dynamic_sampling import StepBatch
 from treepo.held_out import load_splits
 from treepo.hub import local_model
+from treepo.one_step import AHEAD_FILE, load_ahead
 from treepo.pools import POOLS_FILE, Pools, load_pools
 from treepo.progress import Progress
+from treepo.resources import check_resources, local_resources
 from treepo.run_folder import RunFolder
+from treepo.segmented import SegmentBatch
 from treepo.session import Session
 from treepo.text import Decoder, load_tokenizer, stop_token_ids
 from treepo.tracking import Tracker
@@ -126,6 +130,7 @@ def open_session(
     order = ProblemOrder(inputs.problems, seed=config.seed)
     state = read_state(checkpoint) if checkpoint else initial_state(config, order)
     pools = read_pools(config, checkpoint)
+    ahead = read_ahead(config, checkpoint)
     progress.stage("starting the workers")
     with (
         RewardPool(config.reward, wait=False) as rewards,
@@ -160,6 +165,7 @@ def open_session(
             golden=golden_sequences(inputs.problems),
             state=state,
             pools=pools,
+            ahead=ahead,
         )
 
 
@@ -171,12 +177,25 @@ def read_pools(config: TrainConfig, checkpoint: Path | None) -> Pools:
     """
     if checkpoint is None or not config.trainer.segments.is_on:
         return Pools()
-    file = checkpoint / POOLS_FILE
+    return _read(checkpoint / POOLS_FILE, load_pools)
+
+
+def read_ahead(config: TrainConfig, checkpoint: Path | None) -> StepBatch | SegmentBatch | None:
+    """The batch that the one-step pipeline had drawn; None: none waits, as after a last step.
+    Raises as :func:`read_pools`.
+    """
+    if checkpoint is None or config.trainer.pipeline != "one_step":
+        return None
+    file = checkpoint / AHEAD_FILE
+    return _read(file, load_ahead) if file.exists() else None
+
+
+def _read(file: Path, load: Callable[[bytes], Any]) -> Any:
     try:
-        return load_pools(file.read_bytes())
+        return load(file.read_bytes())
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{file} cannot be read: {error}. Move {checkpoint} away to go on from the checkpoint "
+            f"{file} cannot be read: {error}. Move {file.parent} away to go on from the checkpoint "
             "before it, or begin a new run with resume_mode=disable"
         ) from error
 

@@ -1,8 +1,9 @@
 """How sampling and learning take turns (``trainer.pipeline``), and what each way needs. No torch in
 here.
 
-'sync': a step samples, learns and publishes, one after the other. 'async': all at once, each at its
-own pace (``treepo/async_schedule.py``).
+'sync': a step samples, learns and publishes, one after the other. 'one_step': the next step's
+batch is sampled while the learner makes this step's update (``treepo/one_step.py``). 'async': all
+at once, each at its own pace (``treepo/async_schedule.py``).
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainers.settings import loss_traits
+from treepo.checks_of_settings import require_one_of
+from treepo.resources import needed
 
 if TYPE_CHECKING:
     from treepo.config import TrainConfig, TrainerConfig
 
-PIPELINES = ("sync", "async")
+PIPELINES = ("sync", "one_step", "async")
 
 
 def check_pipeline(config: TrainConfig) -> None:
@@ -22,15 +25,14 @@ def check_pipeline(config: TrainConfig) -> None:
     Raises:
         ValueError: no such pipeline, or settings that do not fit it; says which do.
     """
-    pipeline = config.trainer.pipeline
-    if pipeline not in PIPELINES:
-        raise ValueError(
-            f"trainer.pipeline={pipeline!r} is unknown; choose one of {', '.join(PIPELINES)}"
-        )
-    if pipeline == "async":
+    require_one_of("trainer.pipeline", config.trainer.pipeline, PIPELINES)
+    if config.trainer.pipeline == "sync":
+        return
+    if config.trainer.pipeline == "async":
         _check_segments(config)
-        _check_processes(config)
-        _check_correction(config)
+        _check_transport(config)
+    _check_processes(config)
+    _check_correction(config)
 
 
 def num_in_flight(trainer: TrainerConfig) -> int:
@@ -38,7 +40,7 @@ def num_in_flight(trainer: TrainerConfig) -> int:
     and never more than the cap on staleness lets begin.
     """
     size, segments = trainer.train_batch_size, trainer.segments
-    return min(segments.prompts_in_flight or 2 * size, (segments.max_staleness + 1) * size)
+    return min(segments.in_flight(size), (segments.max_staleness + 1) * size)
 
 
 def _check_segments(config: TrainConfig) -> None:
@@ -54,6 +56,8 @@ def _check_segments(config: TrainConfig) -> None:
          "the learner begins when trainer.train_batch_size groups are there"),
         ("group_policy", segments.group_policy == "wait_all", "wait_all",
          "the cap on staleness counts whole groups"),
+        ("stop_when_finished", segments.stop_when_finished == 0, "0",
+         "a slice ends when a worker's share of a batch is finished"),
     )  # fmt: skip
     for name, fits, better, why in needs:
         if not fits:
@@ -67,20 +71,18 @@ def _check_segments(config: TrainConfig) -> None:
 def _check_processes(config: TrainConfig) -> None:
     cluster = config.cluster
     if cluster.colocate:
-        cpus = (
-            cluster.num_rollout_workers * cluster.cpus_per_rollout_worker
-            + cluster.num_learner_ranks * cluster.cpus_per_learner_rank
-        )
-        gpus = (
-            cluster.num_rollout_workers * cluster.gpus_per_rollout_worker
-            + cluster.num_learner_ranks * cluster.gpus_per_learner_rank
-        )
+        cpus, gpus = (needed(cluster, kind, in_turns=False) for kind in ("CPU", "GPU"))
         raise ValueError(
             "cluster.colocate=True has sampler and learner take turns on the same processors, and "
-            "with trainer.pipeline='async' both work at once: set cluster.colocate=false, which "
-            f"needs {cpus:g} CPUs and {gpus:g} GPUs with these numbers of workers and ranks, or "
+            f"with trainer.pipeline={config.trainer.pipeline!r} both work at once: set "
+            f"cluster.colocate=false, which needs {cpus:g} CPUs and {gpus:g} GPUs with these "
+            "numbers of workers and ranks, or "
             "trainer.pipeline=sync"
         )
+
+
+def _check_transport(config: TrainConfig) -> None:
+    cluster = config.cluster
     if cluster.weight_transport != "object_store":
         raise ValueError(
             f"cluster.weight_transport={cluster.weight_transport!r} brings weights to all engines "
@@ -93,7 +95,7 @@ def _check_correction(config: TrainConfig) -> None:
     """Every batch holds tokens of older weights, so something must account for that: the loss's own
     ratio to the sampler, or a weight a token.
     """
-    learner = config.trainer.learner
+    learner, pipeline = config.trainer.learner, config.trainer.pipeline
     if learner.off_policy.correction != "none":
         return
     loss = learner.policy_loss.name
@@ -104,13 +106,13 @@ def _check_correction(config: TrainConfig) -> None:
     if not loss_traits(loss).uses_old_logprobs:
         raise ValueError(
             f"trainer.learner.policy_loss.name={loss!r} has no ratio to the weights that drew a "
-            f"token, and with trainer.pipeline='async' these are older ones: {mend}, or choose "
-            "ppo_clip"
+            f"token, and with trainer.pipeline={pipeline!r} these are older ones: {mend}, or "
+            "choose ppo_clip"
         )
     if learner.old_logprobs == "recomputed":
         raise ValueError(
             "trainer.learner.old_logprobs='recomputed' takes tokens of older weights for the "
-            "policy's own, and with trainer.pipeline='async' every batch may hold such: set "
+            f"policy's own, and with trainer.pipeline={pipeline!r} every batch may hold such: set "
             "trainer.learner.off_policy.correction to decoupled, tis or icepop, or "
             "trainer.learner.old_logprobs=sampled"
         )

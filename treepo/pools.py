@@ -12,8 +12,6 @@ under policy version o, so under version v it is v - o. It is what ``max_stalene
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,11 +26,10 @@ from treepo.advantages import ScoredTree, has_spread, scored_tree
 from treepo.algorithm_settings import AdvantageSettings
 from treepo.data import Problem
 from treepo.overlong import overlong_in_loss
+from treepo.saved_record import Layout
 from treepo.segment_settings import SegmentSettings
 
 POOLS_FILE = "pools.pkl"  # in a checkpoint's folder
-_MARK = b"treepo pools"  # what ``dump_pools`` writes begins with: mark, format, digest
-_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -122,6 +119,16 @@ def leaf_keys(tree: Tree) -> list[int]:
     return [tree.segments[leaf].path_key for leaf in tree.leaves]
 
 
+def begin_trees(
+    problems: Sequence[Problem], prompts: Sequence[Prompt], step: int, version: int
+) -> list[Unfinished]:
+    """New trees, of which nothing is grown yet."""
+    return [
+        Unfinished(problem=problem, work=prompt, begun=step, oldest_version=version)
+        for problem, prompt in zip(problems, prompts, strict=True)
+    ]
+
+
 def finished_group(
     entry: Unfinished, tree: Tree | None, verdicts: Mapping[int, RewardResult], *, is_whole: bool
 ) -> Group | None:
@@ -184,7 +191,7 @@ def num_new_prompts(pools: Pools, settings: SegmentSettings, size: int, num_prob
     """
     free = num_problems - len(pools.problems)
     if settings.refill == "keep_in_flight":
-        wanted = (settings.prompts_in_flight or 2 * size) - len(pools.unfinished)
+        wanted = settings.in_flight(size) - len(pools.unfinished)
     elif settings.refill == "to_target":
         missing = max(size - len(pools.experience), 0)
         wanted = size
@@ -263,35 +270,5 @@ def add_group(experience: Sequence[Group], group: Group) -> tuple[Group, ...]:
     return (*others, replace(group, handed_on=(waiting or [group])[0].handed_on))
 
 
-def dump_pools(pools: Pools) -> bytes:
-    """For a checkpoint: a line with format and SHA-256, and the pools."""
-    data = pickle.dumps(pools, protocol=5)
-    return b"%s %d %s\n" % (_MARK, _FORMAT, _digest(data)) + data
-
-
-def load_pools(data: bytes) -> Pools:
-    """What :func:`dump_pools` wrote. Its digest keeps out what was damaged, not what was forged: it
-    is unpickled, so for a run's own files alone.
-
-    Raises:
-        ValueError: another version wrote it, or nothing did that writes pools, or it is damaged.
-    """
-    head, _, rest = data.partition(b"\n")
-    mark, _, told = head.rpartition(b" ")
-    if not mark.startswith(_MARK):
-        raise ValueError("this is no file of pools")
-    found = mark.removeprefix(_MARK).strip()
-    if found != b"%d" % _FORMAT:
-        raise ValueError(
-            f"the pools have format {found.decode(errors='replace')}, and this version reads "
-            f"{_FORMAT}: go on with the version that wrote them"
-        )
-    if told != _digest(rest):
-        raise ValueError("the pools are damaged: they have another digest than was saved")
-    pools = pickle.loads(rest)
-    assert isinstance(pools, Pools)
-    return pools
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).hexdigest().encode()
+_LAYOUT = Layout(name="pools", version=2, kinds=(Pools,))
+dump_pools, load_pools = _LAYOUT.dump, _LAYOUT.load

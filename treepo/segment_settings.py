@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from treepo.base.typed import check_types
+from treepo.checks_of_settings import require_one_of
 
 REFILLS = ("constant", "keep_in_flight", "to_target")
 GROUP_POLICIES = ("wait_all", "finished_part")
@@ -23,6 +24,9 @@ class SegmentSettings:
     # goes on in the next. 0: whole responses at once. UloRL: 16,384 of 131,072, so 8 segments. Not
     # rollout.segment_length, at whose multiples TreePO's trees fork
     segment_length: int = 0
+    # a step ends when so many trees are done, of however many are in flight; what is cut goes on in
+    # the next (APRIL, arXiv 2509.18521). 0: all grow by segment_length
+    stop_when_finished: int = 0
     # which trees a step serves first: 'in_order', the oldest; or 'longest_first', by what the run
     # has seen of lengths, so that few are left at the end of a step
     submit: str = "in_order"
@@ -46,14 +50,20 @@ class SegmentSettings:
 
     def __post_init__(self) -> None:
         check_types(self, "trainer.segments.")
-        for name in ("segment_length", "prompts_in_flight", "min_finished", "max_staleness"):
+        for name in (
+            *("segment_length", "stop_when_finished"),
+            *("prompts_in_flight", "min_finished", "max_staleness"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.segments.{name}={getattr(self, name)}: it must be >= 0")
-        self._choice("submit", SUBMIT)
-        self._choice("refill", REFILLS)
-        self._choice("group_policy", GROUP_POLICIES)
-        self._choice("train_on", TRAIN_ON)
-        self._choice("on_stale", ON_STALE)
+        for name, allowed in (
+            ("submit", SUBMIT),
+            ("refill", REFILLS),
+            ("group_policy", GROUP_POLICIES),
+            ("train_on", TRAIN_ON),
+            ("on_stale", ON_STALE),
+        ):
+            require_one_of(f"trainer.segments.{name}", getattr(self, name), allowed)
         if not self.segment_length:
             for field in fields(self):
                 self._unused(field.name, "segment_length=0", "segment_length > 0")
@@ -75,15 +85,22 @@ class SegmentSettings:
         """Segments of the longest response."""
         return -(-max_response_length // self.segment_length) if self.is_on else 1
 
-    def check_against(self, *, n: int, max_response_length: int) -> None:
+    def in_flight(self, batch_size: int) -> int:
+        """Unfinished trees that 'keep_in_flight' keeps. ``batch_size``: prompts an update."""
+        return self.prompts_in_flight or 2 * batch_size
+
+    def check_against(self, *, n: int, max_response_length: int, batch_size: int) -> None:
         """
         Args:
             n: responses a prompt.
             max_response_length: in tokens: the limit over all segments.
+            batch_size: prompts an update.
 
         Raises:
-            ValueError: a segment longer than a response, or a floor above the group's size.
+            ValueError: a segment longer than a response, a floor above the group's size, or a
+                number of finished trees that is never reached, or less than what is begun.
         """
+        self._check_stop(batch_size)
         if self.segment_length > max_response_length:
             raise ValueError(
                 f"trainer.segments.segment_length={self.segment_length} is more than "
@@ -97,11 +114,23 @@ class SegmentSettings:
                 f"responses a prompt: set it to {n} at most (0: half of them)"
             )
 
-    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
+    def _check_stop(self, batch_size: int) -> None:
+        stop = self.stop_when_finished
+        if not stop:
+            return
+        where = f"trainer.segments.stop_when_finished={stop}"
+        if self.refill == "constant" and stop < batch_size:
             raise ValueError(
-                f"trainer.segments.{name}={getattr(self, name)!r} is unknown; choose one of "
-                f"{', '.join(allowed)}"
+                f"{where} ends fewer trees a step than trainer.segments.refill='constant' begins "
+                f"(trainer.train_batch_size={batch_size}), so ever more would wait: set "
+                f"trainer.segments.refill=keep_in_flight, or stop_when_finished to {batch_size} or "
+                "more"
+            )
+        most = self.in_flight(batch_size)
+        if self.refill == "keep_in_flight" and stop >= most:
+            raise ValueError(
+                f"{where} leaves nothing to cut, as {most} trees are in flight "
+                "(trainer.segments.prompts_in_flight): lower it, or raise prompts_in_flight"
             )
 
     def _unused(self, name: str, choice: str, better: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from rewards.records import RewardResult
 from rollout.growth import Growth, GrowthLimits
-from rollout.length_statistics import Observation
 from rollout.metrics import CostLedger
 from rollout.strategies.base import Prompt
 from rollout.tree import Tree
@@ -29,6 +28,7 @@ from treepo.pools import (
     Pools,
     Unfinished,
     add_group,
+    begin_trees,
     drop_stale,
     finished_group,
     hands_on,
@@ -41,7 +41,7 @@ from treepo.pools import (
 )
 from treepo.segment_settings import SegmentSettings
 from treepo.step_metrics import version_metrics
-from treepo.submission import length_error, of_growth, of_tree
+from treepo.submission import length_error, of_what_is_over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +116,7 @@ def segmented_step(
     *,
     step: int,
     version: int,
+    trains_at: int,
     order: ProblemOrder,
     config: TrainConfig,
     rollout: Any,
@@ -126,21 +127,19 @@ def segmented_step(
     Args:
         step: its number, from 1.
         version: of the policy in force.
+        trains_at: the version that the batch's update starts from; what is too old is so by it.
         rollout: the settings of the rollout strategy.
     """
     segments, algorithm = config.trainer.segments, config.algorithm
     size = config.trainer.train_batch_size
-    pools, dropped = drop_stale(pools, segments, version)
+    pools, dropped = drop_stale(pools, segments, trains_at)
     position = order.give_back(position, untouched(dropped))
     problems: list[Problem] = []
     if wanted := num_new_prompts(pools, segments, size, len(order.problems)):
         problems, position = order.next_batch(position, wanted, besides=pools.problems)
-    begun = [
-        Unfinished(problem=problem, work=prompt, begun=step, oldest_version=version)
-        for problem, prompt in zip(problems, servants.prompts(problems), strict=True)
-    ]
+    begun = begin_trees(problems, servants.prompts(problems), step, version)
     growing = [*pools.unfinished, *begun]
-    grown, ledger = _grow(growing, segments, version, servants)
+    grown, ledger = _grow(growing, segments, trains_at, servants)
     trees = [_finished(result, segments, servants) for result in grown]
     verdicts, sampled = _judge(growing, trees, ledger, servants)
 
@@ -161,7 +160,9 @@ def segmented_step(
     experience = pools.experience
     for group in filter(None, handed):
         experience = add_group(experience, group)
-    batch, waiting = take_batch(experience, segments, size, version)
+    over: list[Tree | Prompt | Growth] = [tree for tree in grown if isinstance(tree, Tree)]
+    over += [entry.work for entry in dropped if isinstance(entry, Unfinished)]
+    batch, waiting = take_batch(experience, segments, size, trains_at)
     kept = [group.scored(algorithm.overlong) for group in batch]
     judged = [group.scored(algorithm.overlong) for group in (*filter(None, handed), *filtered)]
     return SegmentBatch(
@@ -174,7 +175,7 @@ def segmented_step(
             experience=tuple(waiting),
             num_grown=len(grown),
             num_finished=sum(isinstance(result, Tree) for result in grown),
-            lengths=pools.lengths.add(_lengths(grown, dropped, rollout.max_response_length)),
+            lengths=pools.lengths.add(of_what_is_over(over, rollout.max_response_length)),
         ),
         after=position,
         num_new=len(begun),
@@ -184,10 +185,10 @@ def segmented_step(
 
 
 def _grow(
-    growing: Sequence[Unfinished], settings: SegmentSettings, version: int, servants: Servants
+    growing: Sequence[Unfinished], settings: SegmentSettings, trains_at: int, servants: Servants
 ) -> tuple[list[Tree | Growth], CostLedger]:
     """By one segment; those that would become too old to their end, and first: the longest."""
-    due = [must_finish(entry.oldest_version, settings, version) for entry in growing]
+    due = [must_finish(entry.oldest_version, settings, trains_at) for entry in growing]
     results: list[Tree | Growth | None] = [None] * len(growing)
     ledger = CostLedger()
     for is_due, length in ((True, 0), (False, settings.segment_length)):
@@ -195,7 +196,11 @@ def _grow(
         if not indices:
             continue
         entries = [growing[i] for i in indices]
-        grown, cost = servants.grow(entries, GrowthLimits(segment_length=length))
+        enough = settings.stop_when_finished
+        if enough:  # those that are due come in any case
+            enough = 0 if is_due else max(1, enough - sum(due))
+        limits = GrowthLimits(segment_length=length, stop_when_finished=enough)
+        grown, cost = servants.grow(entries, limits)
         ledger = ledger + cost
         for index, result in zip(indices, grown, strict=True):
             results[index] = result
@@ -211,17 +216,6 @@ def _finished(result: Tree | Growth, settings: SegmentSettings, servants: Servan
         return None
     assert servants.finished_part is not None, "the strategy was checked before the run"
     return servants.finished_part(result)
-
-
-def _lengths(
-    grown: Sequence[Tree | Growth], dropped: Sequence[Unfinished | Group], cap: int
-) -> list[Observation]:
-    """Of the trees that are over: finished in this step, or given up."""
-    found = [o for tree in grown if isinstance(tree, Tree) for o in of_tree(tree, cap)]
-    given_up = [entry.work for entry in dropped if isinstance(entry, Unfinished)]
-    return found + [
-        o for work in given_up if isinstance(work, Growth) for o in of_growth(work, cap)
-    ]
 
 
 def _judge(

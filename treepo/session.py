@@ -32,6 +32,7 @@ from treepo.dynamic_sampling import GenBatch, StepBatch
 from treepo.evaluation import EVALUATION_SEED, Evaluation, evaluate, require_a_verdict
 from treepo.held_out import evaluation_passes, sample_flat
 from treepo.lesson import Lesson, prepare_lesson
+from treepo.one_step import AHEAD_FILE, dump_ahead, one_step
 from treepo.overlong import overlong_verdicts
 from treepo.package_versions import package_versions
 from treepo.pools import POOLS_FILE, Pools, dump_pools
@@ -57,6 +58,7 @@ class Session:
         golden: token sequences that prove every publication.
         state: where the run stands.
         pools: what waits between two steps of segmented rollout.
+        ahead: the next step's batch, drawn before the last update ended (the one-step pipeline).
         asynchronous: what runs on between two steps of the asynchronous pipeline.
     """
 
@@ -73,6 +75,7 @@ class Session:
     golden: Sequence[np.ndarray]
     state: RunState
     pools: Pools = field(default_factory=Pools)
+    ahead: StepBatch | SegmentBatch | None = None
     asynchronous: AsyncRun | None = None
     timings: dict[str, float] = field(default_factory=dict)
     last_look: float = field(default_factory=time.monotonic)
@@ -81,7 +84,11 @@ class Session:
         """Send the learner's weights to every engine as the state's policy version, with proof."""
         with self.clock("sync"):
             return publish_weights(
-                self.cluster, self.state.policy_version, self.config.engine.dtype, self.golden
+                self.cluster,
+                self.state.policy_version,
+                self.config.engine.dtype,
+                self.golden,
+                learner_dtype=self.config.trainer.learner.dtype,
             )
 
     def step(self) -> dict[str, float]:
@@ -94,17 +101,30 @@ class Session:
             self.asynchronous = self.asynchronous or AsyncRun(self)
             return self.asynchronous.step()
         began, self.timings = time.monotonic(), {}
-        step = self.state.step + 1
-        position = DataPosition.of(self.state.data_position)
-        batch: StepBatch | SegmentBatch
-        if self.config.trainer.segments.is_on:
-            batch = draw_segments(self, step, position)
-            self.pools = batch.pools
+        if self.config.trainer.pipeline == "one_step":
+            metrics = one_step(self)
         else:
-            batch = draw_batches(self, step, position)
-        metrics = self.describe(batch) | self.learn(step, batch)
-        self.state = replace(self.state, step=step, data_position=batch.after)
+            batch = self.draw(trains_at=self.state.policy_version)
+            metrics = self.describe(batch) | self.learn(self.state.step + 1, batch)
+            self.advance(batch)
         return metrics | self.time_metrics(metrics, time.monotonic() - began)
+
+    def draw(self, *, trains_at: int) -> StepBatch | SegmentBatch:
+        """The next step's batch, under the weights in force.
+
+        Args:
+            trains_at: the policy version that its update starts from.
+        """
+        step, position = self.state.step + 1, DataPosition.of(self.state.data_position)
+        if self.config.trainer.segments.is_on:
+            return draw_segments(self, step, position, trains_at)
+        return draw_batches(self, step, position)
+
+    def advance(self, batch: StepBatch | SegmentBatch) -> None:
+        """The step of ``batch`` is done, as far as the data go."""
+        if isinstance(batch, SegmentBatch):
+            self.pools = batch.pools
+        self.state = replace(self.state, step=self.state.step + 1, data_position=batch.after)
 
     def describe(self, batch: StepBatch | SegmentBatch) -> dict[str, float]:
         """Metrics of what a step sampled.
@@ -228,7 +248,8 @@ class Session:
         """Score the held-out splits, greedily and at the evaluation's temperature."""
         if self.asynchronous is not None:
             self.asynchronous.drain()
-        self.progress.stage("evaluating on held-out problems")
+        if self.splits:
+            self.progress.stage("evaluating on held-out problems")
         with self.clock("testing"):
             result = evaluate(
                 self.splits,
@@ -243,7 +264,8 @@ class Session:
                 score=self.rewards.score,
                 decoder=self.decoder,
             )
-        self.progress.evaluated(self.state.step, result.scores)
+        if self.splits:
+            self.progress.evaluated(self.state.step, result.scores)
         return result
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -260,6 +282,8 @@ class Session:
             self.cluster.on_learners("export_hf", str(folder / "hf"))
             if self.config.trainer.segments.is_on:
                 (folder / POOLS_FILE).write_bytes(dump_pools(self.pools))
+            if self.ahead is not None:
+                (folder / AHEAD_FILE).write_bytes(dump_ahead(self.ahead))
 
         self.state = replace(
             self.state,

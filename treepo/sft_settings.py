@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from rewards.chain_sum_settings import check_term_counts
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
+from treepo.checks_of_settings import require
 
 
 @dataclass
@@ -25,7 +26,7 @@ class TinyModelSettings:
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            _require(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
+            require(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, ">= 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide "
@@ -50,15 +51,15 @@ class DemonstrationSettings:
     error_terms: list[int] = field(default_factory=list)  # with which alone; empty: all
 
     def __post_init__(self) -> None:
-        _require("data.min_terms", self.min_terms, self.min_terms >= 2, ">= 2")
-        _require("data.max_terms", self.max_terms, self.max_terms >= self.min_terms, ">= min_terms")
-        _require("data.min_value", self.min_value, self.min_value >= 0, ">= 0")
-        _require("data.max_value", self.max_value, self.max_value >= self.min_value, ">= min_value")
-        _require("data.error_prob", self.error_prob, 0 <= self.error_prob <= 1, "in [0, 1]")
+        require("data.min_terms", self.min_terms, self.min_terms >= 2, ">= 2")
+        require("data.max_terms", self.max_terms, self.max_terms >= self.min_terms, ">= min_terms")
+        require("data.min_value", self.min_value, self.min_value >= 0, ">= 0")
+        require("data.max_value", self.max_value, self.max_value >= self.min_value, ">= min_value")
+        require("data.error_prob", self.error_prob, 0 <= self.error_prob <= 1, "in [0, 1]")
         if self.median_terms or self.log_sd:
             check_term_counts(self.min_terms, self.max_terms, self.median_terms, self.log_sd)
         for term in self.error_terms:
-            _require(
+            require(
                 "data.error_terms",
                 self.error_terms,
                 self.min_value <= term <= self.max_value,
@@ -89,21 +90,16 @@ class SFTSettings:
     learner: LearnerSettings = field(default_factory=_learner)  # total_training_steps: 0 = steps
 
     def __post_init__(self) -> None:
-        _require("output", self.output, bool(self.output), "a folder")
+        require("output", self.output, bool(self.output), "a folder")
         if self.start_from and self.model != TinyModelSettings():
             raise ValueError(
                 f"model={self.model} is not used with start_from={self.start_from!r}, a model that "
                 "has its shape: leave model.* out, or start_from for a fresh one"
             )
-        _require("seed", self.seed, self.seed >= 0, ">= 0")
-        _require("steps", self.steps, self.steps >= 1, ">= 1")
-        _require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
+        require("seed", self.seed, self.seed >= 0, ">= 0")
+        require("steps", self.steps, self.steps >= 1, ">= 1")
+        require("batch_size", self.batch_size, self.batch_size >= 1, ">= 1")
         if self.learner.reference == "actor":
             raise ValueError(
                 "learner.reference='actor': this command has one process; choose own or lora_off"
             )
-
-
-def _require(name: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is out of range: it must be {allowed}")

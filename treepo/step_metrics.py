@@ -93,8 +93,7 @@ def version_metrics(groups: Sequence[ScoredTree]) -> dict[str, float]:
     counts = []
     for group in groups:
         tree = group.tree
-        trains = group.valid if group.in_loss is None else group.valid & group.in_loss
-        for leaf in np.array(tree.leaves)[trains]:
+        for leaf in np.array(tree.leaves)[group.trains]:
             path = [tree.segments[index] for index in tree.path(leaf)]
             of_path = [segment.policy_versions for segment in path if segment.sampled]
             counts.append(len(np.unique(np.concatenate(of_path))))

@@ -55,6 +55,17 @@ def of_growth(growth: Growth, cap: int) -> list[Observation]:
     ]
 
 
+def of_what_is_over(over: Sequence[Tree | Prompt | Growth], cap: int) -> list[Observation]:
+    """Of trees that ended, and of others that were given up; of a prompt nothing was seen."""
+    found: list[Observation] = []
+    for work in over:
+        if isinstance(work, Tree):
+            found += of_tree(work, cap)
+        elif isinstance(work, Growth):
+            found += of_growth(work, cap)
+    return found
+
+
 def length_error(
     grown: Sequence[Tree | Growth], statistics: LengthStatistics, cap: int
 ) -> float | None:

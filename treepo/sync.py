@@ -41,7 +41,7 @@ def prove_arrival(
     weights: Weights,
     digests: Mapping[str, int],
     scores: Sequence[np.ndarray],
-    engine_dtype: str,
+    dtypes: Sequence[str],
 ) -> float:
     """Both proofs for one engine.
 
@@ -49,6 +49,7 @@ def prove_arrival(
         name: of the engine.
         digests: that it found.
         scores: log-probabilities that it computed of the golden sequences, float32 [n] each.
+        dtypes: of the engine and of the learner.
 
     Returns:
         the largest difference of a golden log-probability.
@@ -57,11 +58,16 @@ def prove_arrival(
         trainers.weight_sync.WeightSyncError: a proof failed.
     """
     check_digests(weights.digests, {name: digests})
-    return check_probes(weights.golden_logprobs, {name: [row[1:] for row in scores]}, engine_dtype)
+    return check_probes(weights.golden_logprobs, {name: [row[1:] for row in scores]}, dtypes)
 
 
 def publish_weights(
-    cluster: Cluster, version: int, engine_dtype: str, golden: Sequence[np.ndarray]
+    cluster: Cluster,
+    version: int,
+    engine_dtype: str,
+    golden: Sequence[np.ndarray],
+    *,
+    learner_dtype: str = "float32",
 ) -> dict[str, float]:
     """Send the learner's weights to every engine as ``version``, prove it, and put it in force.
 
@@ -80,6 +86,6 @@ def publish_weights(
     reference = cluster.on_learners("score_paths", golden)[0]
     scored = cluster.on_rollout("score_paths", golden)
     probes = {name: [row[1:] for row in rows] for name, rows in zip(names, scored, strict=True)}
-    difference = check_probes(reference, probes, engine_dtype)
+    difference = check_probes(reference, probes, (engine_dtype, learner_dtype))
     cluster.on_rollout("confirm", version)
     return {"sync/golden_logprob_diff_max": difference}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from treepo.cli import run_command, to_yaml
-from treepo.config import TrainConfig, check_group, strategy_settings
+from treepo.config import TrainConfig, strategy_settings
+from treepo.config_checks import check_group
 from treepo.names import check_names
 from treepo.sizes import derived_sizes
 

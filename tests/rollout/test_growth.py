@@ -10,6 +10,7 @@ import torch
 from growths import assert_same, grow_in_pieces
 from tiny_models import VOCABULARY, tiny_model
 from tiny_tokenizers import of_pieces
+from tiny_work import numbered
 
 from rollout.engine import Engine
 from rollout.growth import Growth, GrowthLimits
@@ -20,7 +21,6 @@ from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.rule_settings import FALLBACK_CUTS, FALLBACKS
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import ANSWER, EOS, REPETITION, TRUNCATED, Tree
-from treepo.base.keys import root_key
 
 PIECES = ["a", "b", "c", "ab", "ba", "bc", "Ġ", "Ġa", "Ã", "©", "<", ">", "</", "/>", "cab", "d"]
 PIECES += ["\\boxed{", "\\bo", "xed{", "{", "}", "1}", "\\}", "4", "}}", "{1"]
@@ -71,14 +71,7 @@ SETTINGS = {
 
 def prompts(n=3) -> list[Prompt]:
     rng = np.random.default_rng(0)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=np.array([7, 8, *rng.integers(0, VOCABULARY, 1 + i)], np.int32),
-            root_key=root_key(5, i),
-        )
-        for i in range(n)
-    ]
+    return numbered(([7, 8, *rng.integers(0, VOCABULARY, 1 + i)] for i in range(n)), seed=5)
 
 
 def make_engine(**settings) -> Engine:

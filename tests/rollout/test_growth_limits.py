@@ -12,19 +12,18 @@ import pytest
 import torch
 from test_scheduler import FirstTwo
 from tiny_models import VOCABULARY, path_logprobs, tiny_model
+from tiny_work import numbered, tiny_engine
 
 from rollout.engine import Engine
 from rollout.extend import LENGTH, ExtendSpec
 from rollout.growing import Growing
 from rollout.growth import Growth, GrowthLimits, dump_growths, load_growths
 from rollout.scheduler import generate_all, grow, grow_all
-from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import Segment, Tree
 from rollout.weights import stored_state
 from treepo.base.digest import manifest_of
-from treepo.base.keys import root_key
 
 FLAT = STRATEGIES.get("flat")(FlatSettings(n=5, max_response_length=20, stop_token_ids=[4]))
 TREE = STRATEGIES.get("treepo")(
@@ -43,19 +42,7 @@ STRATEGY = {"flat": FLAT, "treepo": TREE}
 
 def prompts(n=5) -> list[Prompt]:
     rng = np.random.default_rng(1)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=rng.integers(0, VOCABULARY, 4).astype(np.int32),
-            root_key=root_key(2, i),
-        )
-        for i in range(n)
-    ]
-
-
-def make_engine(**settings) -> Engine:
-    settings = {"num_kv_slots": 2048, **settings}
-    return Engine(tiny_model("gpt2", torch.float64), EngineSettings(**settings))
+    return numbered((rng.integers(0, VOCABULARY, 4) for _ in range(n)), seed=2)
 
 
 def load(engine: Engine, version: int, model) -> None:
@@ -66,7 +53,7 @@ def load(engine: Engine, version: int, model) -> None:
 def calls_under_new_weights(strategy, limits: GrowthLimits) -> tuple[list[Tree], int]:
     """(trees, number of calls); the weights of call v are those of model v % 3."""
     models = [tiny_model("gpt2", torch.float64, seed=seed) for seed in range(3)]
-    engine, items, version = make_engine(), list(prompts()), 0
+    engine, items, version = tiny_engine(), list(prompts()), 0
     while not all(isinstance(item, Tree) for item in items):
         if version:
             load(engine, version, models[version % 3])
@@ -116,7 +103,7 @@ def test_no_path_grows_by_more_than_the_segment_length_in_a_call(name, length):
 
 
 def test_a_call_stops_when_enough_trees_are_finished_and_loses_nothing():
-    engine, items, num_calls = make_engine(max_running_requests=10), list(prompts(6)), 0
+    engine, items, num_calls = tiny_engine(max_running_requests=10), list(prompts(6)), 0
     settings = FlatSettings(n=3, max_response_length=40, stop_token_ids=[4])
     strategy = STRATEGIES.get("flat")(settings)
     while not all(isinstance(item, Tree) for item in items):
@@ -128,7 +115,7 @@ def test_a_call_stops_when_enough_trees_are_finished_and_loses_nothing():
             items[i] = tree
         num_calls += 1
     assert num_calls >= 2
-    expected = generate_all(make_engine(), strategy, prompts(6))
+    expected = generate_all(tiny_engine(), strategy, prompts(6))
     assert all(a.same_tokens(b) for a, b in zip(items, expected, strict=True))
     drawn = sum(segment.num_tokens for tree in items for segment in tree.segments[1:])
     assert engine.metrics().generated_tokens == drawn  # each once
@@ -139,7 +126,7 @@ def test_what_waits_in_the_queue_when_a_call_stops_keeps_what_it_drew_before():
     one step the first tree is finished, and one response of the second has not gone on.
     """
     strategy = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=6))
-    engine = make_engine(max_running_requests=3)
+    engine = tiny_engine(max_running_requests=3)
     work = grow_all(engine, strategy, prompts(2), GrowthLimits(segment_length=5))
     first, second = grow_all(engine, strategy, work, GrowthLimits(stop_when_finished=1), [2, 1])
     assert isinstance(first, Tree) and isinstance(second, Growth)
@@ -148,26 +135,27 @@ def test_what_waits_in_the_queue_when_a_call_stops_keeps_what_it_drew_before():
 
 
 def test_what_a_call_did_not_come_to_is_an_unfinished_tree_of_no_token():
-    engine = make_engine(max_running_requests=5)
+    engine = tiny_engine(max_running_requests=5)
     grown = grow_all(engine, FLAT, prompts(), GrowthLimits(stop_when_finished=1))
     last = grown[-1]
-    assert isinstance(last, Growth) and last.problem_id == "p4" and last.oldest_version is None
+    assert isinstance(last, Growth) and last.problem_id == "p4"
     assert [partial.num_tokens for partial in last.partials] == [0] * 5
-    assert (last.num_tokens, last.num_response_tokens) == (4, 0)
+    assert last.num_tokens == 4  # the prompt's
     again = grow_all(engine, FLAT, [last], GrowthLimits(stop_when_finished=1))
     assert again[0].same_tokens(generate_all(engine, FLAT, prompts())[-1])
 
 
-def test_an_unfinished_tree_counts_its_tokens_and_knows_its_oldest_weights():
-    engine = make_engine()
+def test_an_unfinished_tree_counts_its_tokens_and_knows_the_weights_of_each():
+    engine = tiny_engine()
     load(engine, 3, tiny_model("gpt2", torch.float64, seed=1))
     (growth,) = grow_all(engine, TREE, prompts(1), GrowthLimits(segment_length=8))
     waited_for = [request.request_id for request in growth.state.outstanding]
     assert [partial.request_id for partial in growth.partials] == waited_for
     assert isinstance(growth, Growth) and growth.root_key == prompts(1)[0].root_key
     drawn = engine.metrics().generated_tokens
-    assert growth.num_response_tokens == drawn and growth.num_tokens == drawn + 4
-    assert growth.oldest_version == 3
+    assert growth.num_tokens == drawn + 4
+    parts = (*growth.state.segments[1:], *growth.state.received, *growth.partials)
+    assert np.concatenate([part.policy_versions for part in parts]).tolist() == [3] * drawn
 
 
 def equal(a, b) -> bool:
@@ -209,7 +197,7 @@ def test_tokens_that_a_call_drew_are_counted_by_hand_where_segments_are_cut():
 
 
 def test_an_unfinished_tree_goes_through_a_file_bit_for_bit():
-    grown = grow_all(make_engine(), TREE, prompts(), GrowthLimits(segment_length=8))
+    grown = grow_all(tiny_engine(), TREE, prompts(), GrowthLimits(segment_length=8))
     growths = [tree for tree in grown if isinstance(tree, Growth)]
     assert any(p.num_tokens and p.entropy is not None for g in growths for p in g.partials)
     assert equal(load_growths(dump_growths(growths)), growths)
@@ -228,13 +216,13 @@ def test_longest_first_takes_fewer_steps_and_draws_the_same_tokens():
     """One response a prompt, two at a time, the long ones last in the work."""
     strategy = STRATEGIES.get("flat")(FlatSettings(n=1, max_response_length=60, stop_token_ids=[4]))
     work = prompts(12)
-    trees = generate_all(make_engine(), strategy, work)
+    trees = generate_all(tiny_engine(), strategy, work)
     order = np.argsort([tree.segments[1].num_tokens for tree in trees])
     work, trees = [work[i] for i in order], [trees[i] for i in order]
     lengths = [tree.segments[1].num_tokens for tree in trees]
     steps = {}
     for name, expected in (("as they come", None), ("longest first", lengths)):
-        engine = make_engine(max_running_requests=2)
+        engine = tiny_engine(max_running_requests=2)
         grown = grow_all(engine, strategy, work, GrowthLimits(), expected)
         assert all(a.same_tokens(b) for a, b in zip(grown, trees, strict=True))
         steps[name] = engine.metrics().sequential_steps
@@ -248,7 +236,7 @@ def test_longest_first_takes_fewer_steps_and_draws_the_same_tokens():
 
 def test_requests_of_long_trees_overtake_those_that_wait():
     """Two trees: the one expected to be longer is served first though it stands behind."""
-    engine = make_engine(max_running_requests=5)
+    engine = tiny_engine(max_running_requests=5)
     first = [
         next(grow(engine, FLAT, prompts(2), GrowthLimits(), expected))[0]
         for expected in (None, [1.0, 2.0])
@@ -258,11 +246,11 @@ def test_requests_of_long_trees_overtake_those_that_wait():
 
 def test_one_long_path_goes_before_many_short_ones_that_draw_more_together():
     flat = STRATEGIES.get("flat")(FlatSettings(n=3, max_response_length=60, stop_token_ids=[4]))
-    grown = grow_all(make_engine(), flat, prompts(12), GrowthLimits(segment_length=20))
+    grown = grow_all(tiny_engine(), flat, prompts(12), GrowthLimits(segment_length=20))
     lonely = [g for g in grown if isinstance(g, Growth) and len(g.partials) == 1]
     assert lonely, "the case did not arise"
     new = next(p for p in prompts(12) if p.problem_id != lonely[0].problem_id)
-    engine = make_engine(max_running_requests=1)
+    engine = tiny_engine(max_running_requests=1)
     first, _ = next(grow(engine, flat, [new, lonely[0]], GrowthLimits(), [3 * 5.0, 9.0]))
     assert first == 1
     first, _ = next(grow(engine, flat, [new, lonely[0]], GrowthLimits(), [3 * 5.0, 4.0]))
@@ -276,19 +264,19 @@ def test_a_negative_limit_is_refused(field):
 
 
 def test_an_unfinished_tree_of_another_strategy_is_refused():
-    (growth,) = grow_all(make_engine(), FLAT, prompts(1), GrowthLimits(segment_length=2))
+    (growth,) = grow_all(tiny_engine(), FLAT, prompts(1), GrowthLimits(segment_length=2))
     with pytest.raises(ValueError, match=r"work\[0\] is an unfinished tree with a FlatState"):
-        grow_all(make_engine(), TREE, [growth], GrowthLimits())
+        grow_all(tiny_engine(), TREE, [growth], GrowthLimits())
 
 
 @pytest.mark.parametrize("expected", [[1.0], [1.0, float("nan")]])
 def test_there_is_one_expectation_for_each_tree(expected):
     with pytest.raises(ValueError, match="for 2 trees: it must have one finite number for each"):
-        grow_all(make_engine(), FLAT, prompts(2), GrowthLimits(), expected)
+        grow_all(tiny_engine(), FLAT, prompts(2), GrowthLimits(), expected)
 
 
 def test_a_path_that_will_not_fit_is_refused_at_its_first_piece():
-    engine = make_engine(num_kv_slots=64)
+    engine = tiny_engine(num_kv_slots=64)
     flat = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=70))
     with pytest.raises(ValueError, match="path of 4 tokens plus max_tokens=70 needs 74"):
         grow_all(engine, flat, prompts(1), GrowthLimits(segment_length=2))
@@ -297,7 +285,7 @@ def test_a_path_that_will_not_fit_is_refused_at_its_first_piece():
 
 def test_a_cut_request_gives_back_what_it_drew_wherever_it_is():
     """Running, waiting, half computed, finished but not fetched, of no token, unknown."""
-    engine = make_engine(max_running_requests=2, max_tokens_per_step=6)
+    engine = tiny_engine(max_running_requests=2, max_tokens_per_step=6)
     node = engine.prefill(np.arange(20, dtype=np.int32))
     spec = ExtendSpec(max_tokens=9, wants_entropy=True, num_top_logprobs=2)
     (whole,) = engine.extend([(node, spec, 1)])
@@ -328,7 +316,7 @@ def test_a_cut_request_gives_back_what_it_drew_wherever_it_is():
 
 @pytest.mark.parametrize("order_seed", [None, 1, 2])
 def test_a_tree_that_is_finished_without_what_was_put_aside_is_handed_on(order_seed):
-    engine = make_engine()
+    engine = tiny_engine()
     settings = FlatSettings(n=6, max_response_length=60, stop_token_ids=[4])
     strategy = FirstTwo(STRATEGIES.get("flat")(settings))
     items: list = prompts()
@@ -348,7 +336,7 @@ def test_a_tree_that_is_finished_without_what_was_put_aside_is_handed_on(order_s
 
 def test_a_request_cut_while_its_own_tokens_are_computed_anew_leaves_no_hole_behind():
     models = [tiny_model("gpt2", torch.float64, seed=seed) for seed in range(2)]
-    engine = make_engine(max_running_requests=2, max_tokens_per_step=6)
+    engine = tiny_engine(max_running_requests=2, max_tokens_per_step=6)
     request = engine.submit(
         engine.prefill(np.arange(8, dtype=np.int32)), ExtendSpec(max_tokens=20), 1
     )

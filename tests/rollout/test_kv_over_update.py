@@ -12,6 +12,7 @@ import pytest
 import torch
 from growths import assert_same, grow_in_pieces
 from tiny_models import VOCABULARY, path_logprobs, tiny_model
+from tiny_work import numbered, tiny_engine
 from transformers import DynamicCache
 
 from rollout.engine import Engine
@@ -24,7 +25,6 @@ from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import Tree
 from rollout.weights import stored_state
 from treepo.base.digest import manifest_of
-from treepo.base.keys import root_key
 
 FLAT = STRATEGIES.get("flat")(FlatSettings(n=3, max_response_length=22, stop_token_ids=[4]))
 TREE = TreePOSettings(
@@ -48,24 +48,12 @@ def models() -> list:
 
 def prompts(n=4) -> list[Prompt]:
     rng = np.random.default_rng(1)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=np.array([7, 8, *rng.integers(0, VOCABULARY, 3)], np.int32),
-            root_key=root_key(2, i),
-        )
-        for i in range(n)
-    ]
+    return numbered(([7, 8, *rng.integers(0, VOCABULARY, 3)] for _ in range(n)), seed=2)
 
 
 @cache
 def plain_engine() -> Engine:
-    return make_engine()
-
-
-def make_engine(**settings) -> Engine:
-    settings = {"num_kv_slots": 2048, **settings}
-    return Engine(tiny_model("gpt2", torch.float64), EngineSettings(**settings))
+    return tiny_engine()
 
 
 def load(engine: Engine, version: int) -> None:
@@ -145,7 +133,7 @@ def test_the_dense_reference_is_a_fresh_forward_where_all_tokens_are_of_one_vers
 def test_kept_keys_give_the_log_probs_of_mixed_keys_and_leave_with_their_trees(
     name, settings, sleeps
 ):
-    engine = make_engine(**settings)
+    engine = tiny_engine(**settings)
     limits = GrowthLimits(segment_length=4)
     trees, costs = grow_under_new_weights(engine, STRATEGY[name], limits, sleeps)
     assert len(costs) >= 5
@@ -166,7 +154,7 @@ def test_kept_keys_give_the_log_probs_of_mixed_keys_and_leave_with_their_trees(
 
 
 def test_a_call_that_stops_early_keeps_what_was_cut():
-    engine = make_engine(**KEEP, max_running_requests=7)
+    engine = tiny_engine(**KEEP, max_running_requests=7)
     trees, _ = grow_under_new_weights(engine, FLAT, GrowthLimits(stop_when_finished=1))
     mixed = 0
     for tree in trees:
@@ -179,7 +167,7 @@ def test_a_call_that_stops_early_keeps_what_was_cut():
 
 @pytest.mark.parametrize("name", STRATEGY)
 def test_recomputed_keys_are_those_of_the_weights_in_force(name):
-    engine = make_engine()
+    engine = tiny_engine()
     trees, costs = grow_under_new_weights(engine, STRATEGY[name], GrowthLimits(segment_length=4))
     for tree in trees:
         for leaf in tree.leaves:
@@ -201,7 +189,7 @@ def test_any_cutting_under_constant_weights_gives_the_trees_of_one_piece(setting
         fallback_cut="lowest_logprob",
     )
     tight = dict(num_kv_slots=90, max_running_requests=4)
-    engines = [make_engine(**settings), make_engine(**settings, **tight)]
+    engines = [tiny_engine(**settings), tiny_engine(**settings, **tight)]
     for strategy in (FLAT, STRATEGIES.get("treepo")(restarts)):
         expected = generate_all(plain_engine(), strategy, prompts(3))
         trees, _ = grow_in_pieces(engines, strategy, prompts(3), seed=1)
@@ -209,7 +197,7 @@ def test_any_cutting_under_constant_weights_gives_the_trees_of_one_piece(setting
 
 
 def test_paths_on_the_host_leave_the_pool_free_and_are_counted_in_bytes():
-    engine = make_engine(**HOST)
+    engine = tiny_engine(**HOST)
     strategy = STRATEGIES.get("flat")(FlatSettings(n=3, max_response_length=22))
     growths = grow_all(engine, strategy, prompts(), GrowthLimits(segment_length=4))
     gauges = engine.gauges()
@@ -227,7 +215,7 @@ def test_paths_on_the_host_leave_the_pool_free_and_are_counted_in_bytes():
 @pytest.mark.parametrize("settings", [KEEP, HOST], ids=["pool", "host"])
 def test_new_requests_never_read_kept_keys(settings):
     """Neither another tree of the same prompt, nor one who asks for the kept path itself."""
-    engine = make_engine(**settings)
+    engine = tiny_engine(**settings)
     growths = grow_all(engine, FLAT, prompts(), GrowthLimits(segment_length=6))
     load(engine, 1)
     fresh_tree = generate_all(engine, FLAT, [prompts()[0]])[0]
@@ -247,7 +235,7 @@ def test_what_was_given_up_is_computed_anew():
         lambda engine: (engine.sleep(), engine.wake()),
         lambda engine: engine.drop_cache(),
     ):
-        engine = make_engine(**KEEP)
+        engine = tiny_engine(**KEEP)
         strategy = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=12))
         growths = grow_all(engine, strategy, prompts(), GrowthLimits(segment_length=6))
         give_up(engine)
@@ -260,7 +248,7 @@ def test_what_was_given_up_is_computed_anew():
 
 
 def test_nothing_is_left_on_the_host_when_the_cache_is_dropped():
-    engine = make_engine(**HOST)
+    engine = tiny_engine(**HOST)
     grow_all(engine, FLAT, prompts(), GrowthLimits(segment_length=6))
     assert engine.gauges().kv_host_bytes
     engine.drop_cache()
@@ -270,7 +258,7 @@ def test_nothing_is_left_on_the_host_when_the_cache_is_dropped():
 
 @pytest.mark.parametrize("settings", [KEEP, HOST], ids=["pool", "host"])
 def test_trees_that_do_not_go_on_here_are_given_up_after_two_weight_sets(settings):
-    engine = make_engine(**settings)
+    engine = tiny_engine(**settings)
     grow_all(engine, FLAT, prompts(), GrowthLimits(segment_length=6))
     for version, paused in ((1, 4), (2, 4), (3, 0)):
         load(engine, version)
@@ -284,7 +272,7 @@ def test_a_tree_that_grew_on_elsewhere_does_not_read_the_keys_of_other_tokens(na
     """From one unfinished tree two engines go on under different weights, to equal places: what one
     has kept is not what the other drew.
     """
-    strategy, here, elsewhere = STRATEGY[name], make_engine(**KEEP), make_engine()
+    strategy, here, elsewhere = STRATEGY[name], tiny_engine(**KEEP), tiny_engine()
     growths = grow_all(here, strategy, prompts(), GrowthLimits(segment_length=7))
     load(here, 1)
     grow_all(here, strategy, growths, GrowthLimits(segment_length=3))
@@ -306,7 +294,7 @@ def test_the_end_of_a_whole_segment_is_kept_while_its_level_is_not_complete():
     settings = TreePOSettings(
         n=2, segment_length=4, max_depth=4, max_response_length=16, fallback="none"
     )
-    strategy, engine = STRATEGIES.get("treepo")(settings), make_engine(**KEEP)
+    strategy, engine = STRATEGIES.get("treepo")(settings), tiny_engine(**KEEP)
     (growth,) = grow_all(engine, strategy, prompts(1), GrowthLimits(segment_length=2))
     first, second = growth.partials
     uneven = replace(growth, partials=(first, nothing_drawn(second.request)))
@@ -320,7 +308,7 @@ def test_the_end_of_a_whole_segment_is_kept_while_its_level_is_not_complete():
 
 
 def test_a_node_on_the_host_is_split_where_a_path_leaves_it():
-    engine = make_engine(**HOST)
+    engine = tiny_engine(**HOST)
     strategy = STRATEGIES.get("flat")(FlatSettings(n=1, max_response_length=12))
     growths = grow_all(engine, strategy, prompts(1), GrowthLimits(segment_length=8))
     bytes_before = engine.gauges().kv_host_bytes
@@ -362,7 +350,7 @@ def live(seed: int, **settings) -> tuple[int, float]:
     bytes that waited on the host, forwarded tokens a drawn one).
     """
     rng = np.random.default_rng(seed)
-    engine = make_engine(num_kv_slots=int(rng.choice([130, 200, 400])), **settings)
+    engine = tiny_engine(num_kv_slots=int(rng.choice([130, 200, 400])), **settings)
     restarts = TreePOSettings(
         n=6,
         segment_length=30,

@@ -29,7 +29,6 @@ def test_a_prompt_is_predicted_by_its_own_history_and_another_by_all():
     predictor = statistics.predictor("t=1")
     assert predictor.expected_remaining("a", [0, 10], 1000).tolist() == [15, 10]
     assert predictor.expected_remaining("b", [0, 100], 1000).tolist() == [300, 200]
-    assert predictor.knows("a") and not predictor.knows("c")
     assert predictor.expected_remaining("c", 0, 1000) == pytest.approx(110)
     assert predictor.expected_remaining("c", 20, 1000) == pytest.approx(280)
     assert predictor.expected_remaining("c", 20, 120) == pytest.approx(100)

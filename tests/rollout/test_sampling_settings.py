@@ -9,16 +9,16 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, plain_logprobs, tiny_model
 from tiny_tokenizers import of_pieces
+from tiny_work import numbered
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from rollout.engine import Engine
 from rollout.extend import LENGTH, STOP, ExtendSpec
 from rollout.scheduler import generate_all
 from rollout.settings import EngineSettings
-from rollout.strategies.base import STRATEGIES, Prompt
+from rollout.strategies.base import STRATEGIES
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import EOS
-from treepo.base.keys import root_key
 
 # "Ã©" are the two bytes of an e with acute; the pieces overlap in many ways.
 PIECES = ["a", "b", "c", "ab", "ba", "bc", "Ġ", "Ġa", "Ã", "©", "<", ">", "</", "/>", "cab", "d"]
@@ -51,14 +51,7 @@ def make_engine(**settings):
 
 def prompts(n=6):
     rng = np.random.default_rng(1)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=rng.integers(0, VOCABULARY, 5).astype(np.int32),
-            root_key=root_key(3, i),
-        )
-        for i in range(n)
-    ]
+    return numbered((rng.integers(0, VOCABULARY, 5) for _ in range(n)), seed=3)
 
 
 def grow(settings, order_seed=None, **engine_settings):

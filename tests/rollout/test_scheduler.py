@@ -6,18 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from tiny_models import VOCABULARY, path_logprobs, tiny_model
+from tiny_models import VOCABULARY, path_logprobs
+from tiny_work import numbered, tiny_engine
 
-from rollout.engine import Engine
 from rollout.extend import ExtendSpec
 from rollout.scheduler import generate, generate_all
-from rollout.settings import EngineSettings
 from rollout.strategies.arena import sampled_segment
-from rollout.strategies.base import STRATEGIES, Prompt
+from rollout.strategies.base import STRATEGIES
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import Tree, num_unique_tokens
-from treepo.base.keys import root_key
 
 STOP = 4
 FLAT = FlatSettings(n=5, max_response_length=20, stop_token_ids=[STOP])
@@ -35,25 +32,12 @@ STRATEGY = {"flat": FLAT, "treepo": TREE}
 
 def prompts(n=5):
     rng = np.random.default_rng(0)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=np.concatenate(
-                [[7, 8, 9], rng.integers(0, VOCABULARY, int(rng.integers(1, 7)))]
-            ).astype(np.int32),
-            root_key=root_key(0, i),
-        )
-        for i in range(n)
-    ]
-
-
-def make_engine(**settings) -> Engine:
-    settings.setdefault("num_kv_slots", 2048)
-    return Engine(tiny_model("gpt2", torch.float64), EngineSettings(**settings))
+    tails = (rng.integers(0, VOCABULARY, int(rng.integers(1, 7))) for _ in range(n))
+    return numbered(([7, 8, 9, *tail] for tail in tails), seed=0)
 
 
 def grow(name, order_seed=None, **settings):
-    engine = make_engine(**settings)
+    engine = tiny_engine(**settings)
     strategy = STRATEGIES.get(name)(STRATEGY[name])
     trees = generate_all(engine, strategy, prompts(), order_seed=order_seed)
     assert engine.is_idle
@@ -100,7 +84,7 @@ def test_two_workers_give_the_trees_of_one():
     strategy = STRATEGIES.get("treepo")(TREE)
     halves = [prompts()[0::2], prompts()[1::2]]
     found = {
-        tree.problem_id: tree for half in halves for tree in generate(make_engine(), strategy, half)
+        tree.problem_id: tree for half in halves for tree in generate(tiny_engine(), strategy, half)
     }
     assert all(tree.same_tokens(found[tree.problem_id]) for tree in expected)
 
@@ -137,7 +121,7 @@ def test_only_prompts_stay_cached_when_the_trees_are_done():
 
 
 def test_trees_are_handed_on_as_they_finish():
-    engine = make_engine(max_running_requests=5)
+    engine = tiny_engine(max_running_requests=5)
     stream = generate(engine, STRATEGIES.get("flat")(FLAT), prompts())
     first = next(stream)
     assert first.problem_id == "p0" and not engine.is_idle
@@ -148,7 +132,7 @@ def test_trees_are_handed_on_as_they_finish():
 
 
 def test_a_path_too_long_for_the_pool_is_one_clear_error_and_leaves_nothing_behind():
-    engine = make_engine(num_kv_slots=64)
+    engine = tiny_engine(num_kv_slots=64)
     strategy = STRATEGIES.get("flat")(FlatSettings(n=2, max_response_length=60))
     with pytest.raises(ValueError, match="num_kv_slots=64 is too small"):
         list(generate(engine, strategy, prompts()))
@@ -157,7 +141,7 @@ def test_a_path_too_long_for_the_pool_is_one_clear_error_and_leaves_nothing_behi
 
 
 def test_an_engine_path_that_differs_from_the_record_is_caught():
-    engine = make_engine()
+    engine = tiny_engine()
     strategy = STRATEGIES.get("treepo")(TREE)
     inner = engine.prefill
     engine.prefill = lambda token_ids: inner(token_ids[:-1])
@@ -193,7 +177,7 @@ class FirstTwo:
 
 @pytest.mark.parametrize("order_seed", [None, 3])
 def test_what_a_strategy_no_longer_wants_is_cancelled(order_seed):
-    engine = make_engine(max_running_requests=9)
+    engine = tiny_engine(max_running_requests=9)
     settings = FlatSettings(n=6, max_response_length=60, stop_token_ids=[STOP])
     strategy = FirstTwo(STRATEGIES.get("flat")(settings))
     trees = generate_all(engine, strategy, prompts(), order_seed=order_seed)
@@ -205,7 +189,7 @@ def test_what_a_strategy_no_longer_wants_is_cancelled(order_seed):
 
 
 def test_a_completion_that_nobody_fetched_can_be_cancelled():
-    engine = make_engine()
+    engine = tiny_engine()
     node = engine.prefill([1, 2, 3])
     request = engine.submit(node, ExtendSpec(max_tokens=0), 1)
     assert not engine.is_idle

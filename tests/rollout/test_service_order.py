@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, plain_logprobs, tiny_model
+from tiny_work import numbered
 
 from rollout.engine import Engine
 from rollout.scheduler import generate_all
@@ -20,7 +21,7 @@ from rollout.settings import EngineSettings
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import Tree
-from treepo.base.keys import Purpose, root_key, uniform
+from treepo.base.keys import Purpose, uniform
 
 STOP = 4
 NUM_PROMPTS = 3
@@ -70,16 +71,8 @@ class Service:
 
 def prompts() -> list[Prompt]:
     rng = np.random.default_rng(0)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=np.concatenate(
-                [[7, 8, 9], rng.integers(0, VOCABULARY, int(rng.integers(1, 30)))]
-            ).astype(np.int32),
-            root_key=root_key(0, i),
-        )
-        for i in range(NUM_PROMPTS)
-    ]
+    tails = (rng.integers(0, VOCABULARY, int(rng.integers(1, 30))) for _ in range(NUM_PROMPTS))
+    return numbered(([7, 8, 9, *tail] for tail in tails), seed=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

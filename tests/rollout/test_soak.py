@@ -4,7 +4,7 @@ tests.
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import soak
@@ -43,13 +43,15 @@ def test_memory_that_rises_over_the_second_half_is_noticed(monkeypatch):
     assert soak.rise([0, 1, 2, 3, 4], [900, 50, 70, 80, 90]) == pytest.approx(20)
     assert soak.rise([0, 1, 2, 3, 4], [0, 50, 70, 70, 70]) == pytest.approx(0)
     started = soak.start(None, "cpu", seed=1)
-    began = time.monotonic()
-    monkeypatch.setattr(soak, "resident_bytes", lambda: int((time.monotonic() - began) * (1 << 30)))
-    monkeypatch.setattr(soak, "MEMORY_MARGIN", 1 << 40)
-    monkeypatch.setattr(soak, "SHORTEST_FOR_RISE", 0.0)
-    monkeypatch.setattr(started, "episode", lambda: time.sleep(0.01))  # many, however slow we are
-    with pytest.raises(AssertionError, match="over the second half"):
-        list(soak.run(started, 0.5))
+    clock = SimpleNamespace(now=0.0, bytes_per_second=0)
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(soak, "resident_bytes", lambda: int(clock.now * clock.bytes_per_second))
+    monkeypatch.setattr(started, "episode", lambda: setattr(clock, "now", clock.now + 1))
+    clock.bytes_per_second = 200 << 10  # episodes end at 61, ..., 120 s in the second half: 59 s
+    with pytest.raises(AssertionError, match="rises by 12083200 bytes over the second half"):
+        list(soak.run(started, 120))
+    clock.now, clock.bytes_per_second = 0.0, 100 << 10
+    assert "rises by +5.8 MiB over the second half" in list(soak.run(started, 120))[-1]
 
 
 def test_a_soak_notices_keys_of_older_weights(monkeypatch):

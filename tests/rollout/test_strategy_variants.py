@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, path_logprobs, tiny_model
+from tiny_work import numbered
 
 from rollout.engine import Engine
 from rollout.extend import ExtendResult
@@ -29,7 +30,6 @@ from rollout.strategies.rule_settings import (
 )
 from rollout.strategies.settings import TreePOSettings
 from rollout.strategies.treepo import TreePO
-from treepo.base.keys import root_key
 
 # About a third of the tokens end a response, so that paths end early and fallbacks happen.
 BASE = dict(
@@ -77,16 +77,7 @@ def settings(name: tuple[str, str]) -> TreePOSettings:
 
 def prompts() -> list[Prompt]:
     rng = np.random.default_rng(0)
-    return [
-        Prompt(
-            problem_id=f"p{i}",
-            token_ids=np.concatenate([[7, 8, 9], rng.integers(0, VOCABULARY, 1 + i)]).astype(
-                np.int32
-            ),
-            root_key=root_key(5, i),
-        )
-        for i in range(3)
-    ]
+    return numbered(([7, 8, 9, *rng.integers(0, VOCABULARY, 1 + i)] for i in range(3)), seed=5)
 
 
 @cache

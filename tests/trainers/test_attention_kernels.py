@@ -276,8 +276,8 @@ def test_the_setting_is_checked_when_built_and_the_machine_before_weights_are_lo
     path = save_tiny_model(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="attention='flex' cannot work here"):
-        load_policy(path, dtype=FP32, attention_kernel="flex")
-    assert load_policy(path, dtype=FP32, attention_kernel="sdpa").attention_kernel == "sdpa"
+        load_policy(path, LearnerSettings(attention="flex"))
+    assert load_policy(path, LearnerSettings(attention="sdpa")).attention_kernel == "sdpa"
 
 
 @pytest.mark.parametrize("kernel", ["flex", "flash", "sdpa"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rank_program import drawn_trees
 from token_trees import flat_trees, random_tree, save_tiny_model, token_tree
 
 from trainers.learner import Learner
@@ -28,11 +29,6 @@ def sgd(lr=1.0, **changes):
     return OptimizerSettings(name="sgd", lr=lr, weight_decay=0.0, grad_clip=0.0, **changes)
 
 
-def trees_of(count, seed=0):
-    rng = random.Random(seed)
-    return [token_tree(random_tree(rng)) for _ in range(count)]
-
-
 def rows_of(trees, max_tokens=10_000):
     return pack(trees, max_tokens, 1)[0]
 
@@ -48,7 +44,7 @@ def state_of(learner):
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_sgd_moves_weights_by_the_gradient_of_the_sum_over_the_denominator(model_path, zero_stage):
-    trees = trees_of(5)
+    trees = drawn_trees(5)
     learner = Learner(model_path, LearnerSettings(zero_stage=zero_stage, optimizer=sgd()))
     reference = Learner(model_path, LearnerSettings(optimizer=sgd()))
     before = state_of(learner)
@@ -74,7 +70,7 @@ def test_sgd_moves_weights_by_the_gradient_of_the_sum_over_the_denominator(model
 
 
 def test_the_number_of_rows_may_differ_from_update_to_update(model_path):
-    trees = trees_of(6, seed=3)
+    trees = drawn_trees(6, seed=3)
     batches = [trees[:1], trees[1:5], trees[5:]]
     split = Learner(model_path, LearnerSettings(optimizer=sgd(0.1)))
     whole = Learner(model_path, LearnerSettings(optimizer=sgd(0.1)))
@@ -88,7 +84,7 @@ def test_the_number_of_rows_may_differ_from_update_to_update(model_path):
 
 
 def test_logprobs_are_those_of_plain_transformers_and_show_no_mismatch(model_path):
-    trees = trees_of(2)
+    trees = drawn_trees(2)
     learner = Learner(model_path, LearnerSettings(optimizer=sgd(0.0)))
     row = rows_of(trees)[0]
     (logprobs,) = learner.logprobs([row])
@@ -122,7 +118,7 @@ GSPO_NARROW_WITH_KL = PolicyLossSettings(name="gspo", kl_loss_coef=0.3, entropy_
 
 @pytest.mark.parametrize("loss", [PolicyLossSettings(), GSPO_NARROW_WITH_KL])
 def test_recomputed_old_logprobs_make_the_ratio_of_a_single_update_exactly_1(model_path, loss):
-    trees = perturbed(trees_of(3))
+    trees = perturbed(drawn_trees(3))
     rows = rows_of(trees, 200)
     assert len(rows) > 1
     found = {}
@@ -143,7 +139,7 @@ def test_recomputed_old_logprobs_are_those_before_the_steps_first_update(model_p
     """Two epochs of two updates, against a learner that is told before the step, as if sampled,
     what the first weights say. On ranks and under ZeRO-3: test_ranks.py.
     """
-    trees = perturbed(trees_of(6))
+    trees = perturbed(drawn_trees(6))
     settings = LearnerSettings(optimizer=sgd(0.3), policy_loss=GSPO_WITH_KL)
     told = Learner(model_path, settings)
     recomputed = Learner(model_path, dataclasses.replace(settings, old_logprobs="recomputed"))
@@ -195,7 +191,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_says_so(model_path, 
         model_path, LearnerSettings(zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2))
     )
     before = learner.digest()
-    rows = rows_of(trees_of(2))
+    rows = rows_of(drawn_trees(2))
     bad = dataclasses.replace(rows[0], advantage_pos=rows[0].advantage_pos * math.inf)
     metrics = learner.update([[bad]])
     assert (metrics["actor/skipped_updates"], metrics["actor/num_updates"]) == (1, 0)
@@ -212,7 +208,7 @@ def test_a_loaded_checkpoint_gives_the_identical_next_update(model_path, tmp_pat
         optimizer=OptimizerSettings(lr=1e-2, lr_warmup_steps=5),
         policy_loss=GSPO_WITH_KL,
     )
-    trees = trees_of(4)
+    trees = drawn_trees(4)
     learner = Learner(model_path, settings)
     learner.update([rows_of(trees[:2]), rows_of(trees[2:])])
     learner.save(tmp_path)
@@ -243,7 +239,7 @@ def test_an_export_is_a_plain_model_with_the_trained_weights(model_path, tmp_pat
     learner = Learner(
         model_path, LearnerSettings(zero_stage=zero_stage, optimizer=OptimizerSettings(lr=1e-2))
     )
-    learner.update([rows_of(trees_of(2))])
+    learner.update([rows_of(drawn_trees(2))])
     learner.export_hf(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config._attn_implementation == "sdpa"
@@ -255,15 +251,21 @@ def test_an_export_is_a_plain_model_with_the_trained_weights(model_path, tmp_pat
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_publication_digests_are_those_of_a_model_that_loaded_the_weights(model_path):
-    learner = Learner(model_path, LearnerSettings(optimizer=OptimizerSettings(lr=1e-2)))
-    learner.update([rows_of(trees_of(1))])
+def model_that_loaded(learner, model_path):
+    """A plain model with the learner's publication, whose digests are found in it."""
     sent = learner.publication("float32")
     assert sent.digest == learner.digest()
     engine = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     engine.load_state_dict(sent.tensors)
     assert tensor_digests(dict(engine.state_dict())) == sent.digests
     assert manifest_of(dict(engine.state_dict())) == sent.manifest
+    return engine
+
+
+def test_publication_digests_are_those_of_a_model_that_loaded_the_weights(model_path):
+    learner = Learner(model_path, LearnerSettings(optimizer=OptimizerSettings(lr=1e-2)))
+    learner.update([rows_of(drawn_trees(1))])
+    model_that_loaded(learner, model_path)
 
 
 def test_gradient_clipping_bounds_the_step(model_path):
@@ -271,7 +273,7 @@ def test_gradient_clipping_bounds_the_step(model_path):
     for zero_stage in (0, 2):
         learner = Learner(model_path, LearnerSettings(zero_stage=zero_stage, optimizer=clipped))
         before = state_of(learner)
-        metrics = learner.update([rows_of(trees_of(2))])
+        metrics = learner.update([rows_of(drawn_trees(2))])
         after = state_of(learner)
         names = [name for name, _ in learner.policy.model.named_parameters()]
         moved = sum(float((after[n] - before[n]).square().sum()) for n in names) ** 0.5
@@ -279,7 +281,7 @@ def test_gradient_clipping_bounds_the_step(model_path):
 
 
 def test_an_entropy_bonus_raises_entropy(model_path):
-    trees = trees_of(3)
+    trees = drawn_trees(3)
     for tree in trees:
         tree.advantage_pos.zero_()
         tree.advantage_neg.zero_()
@@ -299,7 +301,7 @@ def test_a_kl_penalty_is_towards_the_model_that_training_began_with(
     loss = PolicyLossSettings(name="reinforce", kl_loss_coef=0.7)
     settings = LearnerSettings(zero_stage=zero_stage, optimizer=sgd(0.5), policy_loss=loss)
     learner = Learner(model_path, settings)
-    trees = trees_of(3)
+    trees = drawn_trees(3)
     first = learner.update([rows_of(trees, 200)])
     assert first["actor/kl_loss"] == pytest.approx(0, abs=1e-9)
     assert first["actor/sequence_kl"] == pytest.approx(0, abs=1e-5)
@@ -308,7 +310,7 @@ def test_a_kl_penalty_is_towards_the_model_that_training_began_with(
     second = learner.update([rows_of(trees, 200)])
     after = state_of(learner)
 
-    policy, initial = load_policy(tmp_path, dtype=torch.float32), learner.reference
+    policy, initial = load_policy(tmp_path, LearnerSettings()), learner.reference
     row = rows_of(trees)[0]
     index = torch.nonzero(row.weight > 0).squeeze(1)
     logprobs, _ = policy(row, index)
@@ -338,7 +340,7 @@ def test_the_reference_is_kept_only_for_a_penalty_and_stays_as_it_was(model_path
         model_path, LearnerSettings(optimizer=OptimizerSettings(lr=1e-2), policy_loss=GSPO_WITH_KL)
     )
     initial = Learner(model_path, LearnerSettings())
-    learner.update([rows_of(trees_of(2))])
+    learner.update([rows_of(drawn_trees(2))])
     for name, tensor in learner.reference.model.state_dict().items():
         assert torch.equal(tensor, state_of(initial)[name]), name
     assert learner.digest() != initial.digest()
@@ -355,7 +357,7 @@ def test_a_resumed_run_refuses_another_reference(tmp_path):
 
 
 def test_a_gspo_update_reports_the_share_of_clipped_responses(model_path):
-    trees = trees_of(3)
+    trees = drawn_trees(3)
     learner = Learner(model_path, LearnerSettings(optimizer=sgd(), policy_loss=GSPO_WITH_KL))
     metrics = learner.update([rows_of(trees, 200)])
     row = rows_of(trees)[0]
@@ -378,7 +380,7 @@ def test_bfloat16_keeps_rotary_buffers_and_follows_the_float32_update(model_path
     assert {b.dtype for b in learner.policy.buffers() if b.is_floating_point()} == {torch.float32}
     reference = Learner(model_path, LearnerSettings(optimizer=settings))
     before = state_of(reference)
-    rows = rows_of(trees_of(4), 200)
+    rows = rows_of(drawn_trees(4), 200)
     low, full = learner.update([rows]), reference.update([rows])
     assert low["actor/kl_loss"] == 0  # the reference rounds as the policy does
     assert low["actor/grad_norm"] == pytest.approx(full["actor/grad_norm"], rel=0.05)

@@ -11,7 +11,8 @@ import tiny_models
 import torch
 import transformers
 from flat_oracle import flat_objective, plain_scores
-from rank_program import drawn_trees
+from rank_program import LORA, drawn_trees
+from test_learner import model_that_loaded
 from token_trees import flat_trees, random_tree, save_tiny_model, tiny_model, token_tree
 
 from trainers import attention
@@ -23,10 +24,8 @@ from trainers.model import PolicyModel
 from trainers.objective import objective
 from trainers.packing import pack, pack_row, total_weight
 from trainers.settings import LearnerSettings, OptimizerSettings, PolicyLossSettings
-from treepo.base.digest import manifest_of, tensor_digests
 
 attention.register()
-LORA = LoraSettings(rank=3, alpha=6)
 FAST = OptimizerSettings(lr=1e-2)
 KL = PolicyLossSettings(kl_loss_coef=0.3)
 
@@ -36,10 +35,14 @@ def model_path(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", tie_word_embeddings=True)
 
 
+def with_zero_b(model, settings=LORA):
+    model.set_attn_implementation(attention.NAME)
+    return PolicyModel(model, adapters=Adapters(model, settings))
+
+
 def with_adapters(model, settings=LORA):
     """A policy whose B is not 0 any more."""
-    model.set_attn_implementation(attention.NAME)
-    policy = PolicyModel(model, adapters=Adapters(model, settings))
+    policy = with_zero_b(model, settings)
     draw = torch.Generator().manual_seed(5)
     for layer in policy.adapters.layers.values():
         b = layer.lora_B["default"].weight
@@ -84,11 +87,6 @@ def test_the_merged_model_computes_what_model_and_adapters_do(family, settings):
     # qwen3's norms compute in float32 whatever the model's dtype
     tolerance = 2e-5 if family == "qwen3" else 1e-11
     torch.testing.assert_close(own, merged, rtol=0, atol=tolerance)
-
-
-def with_zero_b(model):
-    model.set_attn_implementation(attention.NAME)
-    return PolicyModel(model, adapters=Adapters(model, LORA))
 
 
 @pytest.mark.parametrize(
@@ -326,12 +324,7 @@ def test_an_export_is_the_merged_model_with_the_adapters_beside_it(
 def test_a_publication_is_what_an_engine_of_the_plain_model_stores(model_path, zero_stage):
     learner = make_learner(model_path, zero_stage)
     learner.update([rows_of(drawn_trees(2))])
-    sent = learner.publication("float32")
-    assert sent.digest == learner.digest()
-    engine = transformers.AutoModelForCausalLM.from_pretrained(model_path)
-    engine.load_state_dict(sent.tensors)
-    assert tensor_digests(dict(engine.state_dict())) == sent.digests
-    assert manifest_of(dict(engine.state_dict())) == sent.manifest
+    engine = model_that_loaded(learner, model_path)
     path = torch.tensor([3, 1, 4, 1, 5])
     logits = engine(path[None]).logits[0, :-1]
     expected = torch.log_softmax(logits, -1).gather(1, path[1:, None])[:, 0]

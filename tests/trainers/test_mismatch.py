@@ -85,10 +85,10 @@ def test_with_a_correction_the_sample_size_is_of_its_weights(model_path):
 
 def test_the_effective_sample_size_is_1_for_equal_weights_and_the_share_that_has_any():
     sums = MetricSums()
-    sums.add_eff_sample_size("equal", torch.full((10,), 0.3))
-    sums.add_eff_sample_size("a_quarter", torch.tensor([2.0, 0, 0, 0]))
-    sums.add_eff_sample_size("a_quarter", torch.tensor([0.0, 0, 2.0, 0]))  # another row
-    sums.add_eff_sample_size("none", torch.zeros(3))
+    sums.add_eff_sample_size("equal", torch.full((10,), 0.3), torch.ones(10))
+    sums.add_eff_sample_size("a_quarter", torch.tensor([2.0, 0, 0, 0]), torch.ones(4))
+    sums.add_eff_sample_size("a_quarter", torch.tensor([0.0, 0, 2.0, 0]), torch.ones(4))
+    sums.add_eff_sample_size("none", torch.zeros(3), torch.ones(3))
     measure = torch.tensor([3.0, 1.0])
     sums.add_eff_sample_size("measured", torch.tensor([1.0, 2.0]), measure)
     metrics = sums.reduce(1, torch.device("cpu"))

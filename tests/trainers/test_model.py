@@ -11,6 +11,7 @@ from token_trees import random_tree, token_tree
 
 from trainers.model import load_policy
 from trainers.packing import pack_row
+from trainers.settings import LearnerSettings
 
 
 # gpt2 and opt have dropout in their configuration, seed_oss under a name of its own, phimoe draws
@@ -22,7 +23,7 @@ def test_a_policy_is_one_function_of_its_weights_with_gradient_checkpointing_too
     index = torch.nonzero(row.weight > 0).squeeze(1)
     results = []
     for checkpointing in (False, False, True):
-        policy = load_policy(tmp_path, dtype=torch.float32, gradient_checkpointing=checkpointing)
+        policy = load_policy(tmp_path, LearnerSettings(gradient_checkpointing=checkpointing))
         calls = count_calls(policy.model.base_model)
         logprobs, _ = policy(row, index)
         forward_calls = len(calls)

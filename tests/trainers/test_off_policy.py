@@ -8,6 +8,8 @@ import random
 
 import pytest
 import torch
+from path_tables import token_paths
+from rank_program import drawn_trees
 from test_learner import rows_of, sgd, state_of
 from token_trees import flat_trees, random_tree, save_tiny_model, token_tree
 
@@ -56,8 +58,6 @@ def test_a_ratio_beyond_all_numbers_has_a_finite_weight():
 
 def trees_of(count, newest=9, seed=0):
     """With versions from newest - 3 to newest and behaviour around what the model says."""
-    rng = random.Random(seed)
-    trees = [token_tree(random_tree(rng)) for _ in range(count)]
     generator = torch.Generator().manual_seed(seed)
     return [
         dataclasses.replace(
@@ -66,7 +66,7 @@ def trees_of(count, newest=9, seed=0):
                 newest - 3, newest + 1, (tree.num_tokens,), generator=generator
             ),
         )
-        for tree in trees
+        for tree in drawn_trees(count, seed)
     ]
 
 
@@ -318,10 +318,7 @@ def test_with_every_mask_a_learner_trains_a_tree_as_its_leaves_one_by_one(model_
     roots = [random_tree(random.Random(seed)) for seed in (1, 2, 3)]
 
     def with_versions(tree):
-        paths = []
-        for token, before in zip(tree.token_ids.tolist(), tree.predictor.tolist(), strict=True):
-            paths.append((*(paths[before] if before >= 0 else ()), token))
-        versions = [random.Random(str(path)).randint(5, 9) for path in paths]
+        versions = [random.Random(str(path)).randint(5, 9) for path in token_paths(tree)]
         return dataclasses.replace(tree, policy_version=torch.tensor(versions))
 
     trees = [with_versions(token_tree(root)) for root in roots]

@@ -13,7 +13,8 @@ from treepo.algorithm_settings import (
     leaf_level_estimators,
 )
 from treepo.cli import compose
-from treepo.config import TrainConfig, check_levels
+from treepo.config import TrainConfig
+from treepo.config_checks import check_levels
 from treepo.names import check_names
 from treepo.train import work as train_command
 

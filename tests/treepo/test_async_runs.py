@@ -10,57 +10,52 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import documented_metrics, num_rows, run, start, wait_for
+from training_runs import (
+    documented_metrics,
+    num_rows,
+    run,
+    start,
+    step_trees,
+    varied_reward,
+    wait_for,
+)
 
 from rollout.growth import Growth
+from treepo.checkpoint import latest_checkpoint, read_state
 from treepo.data_order import DataPosition, shuffle
-from treepo.pools import POOLS_FILE, load_pools
+from treepo.pools import POOLS_FILE, Pools, load_pools
 from treepo.tracking import read_rows
 
 ASYNC = [
     "trainer=async",
     "cluster.colocate=false",
-    "rollout=flat",
-    "algorithm=grpo",
-    "rollout.max_response_length=64",
     "trainer.segments.segment_length=6",
     "trainer.segments.max_staleness=2",
     "trainer.learner.optimizer.lr_warmup_steps=1",
     "evaluation.num_samples=1",
 ]
-# Scores that vary with the response, so that nearly every group has a signal.
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return sum(map(ord, solution_str)) % 10 / 10
-"""
+FLAT = ["rollout=flat", "algorithm=grpo", "rollout.max_response_length=64"]
 
 
 def settings(tmp_path: Path, *more: str) -> list[str]:
-    file = tmp_path / "varied.py"
-    file.write_text(REWARD)
-    reward = ["reward=custom", f"reward.parts.custom.name={file}:compute_score"]
-    return [*ASYNC, *reward, *more]
+    return [*ASYNC, *varied_reward(tmp_path), *more]
 
 
-def trees_of(folder: Path, step: int) -> list[dict]:
-    lines = (folder / "trees" / f"step_{step}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    return max(folder.glob("checkpoints/global_step_*"), key=lambda p: int(p.name[12:]))
+def newest_pools(folder: Path) -> tuple[Pools, DataPosition]:
+    """What the run's newest checkpoint holds of the data, and the position in it."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    position = DataPosition.of(read_state(checkpoint).data_position)
+    return load_pools((checkpoint / POOLS_FILE).read_bytes()), position
 
 
 def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> None:
     """By the files of a finished run: what was handed out is in the trees of a step, or still in
     the pools of the last checkpoint, and nothing else is.
     """
-    checkpoint = newest_checkpoint(folder)
-    position = DataPosition.of(json.loads((checkpoint / "state.json").read_text())["data_position"])
-    pools = load_pools((checkpoint / POOLS_FILE).read_bytes())
+    pools, position = newest_pools(folder)
     steps = [row["step"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
     assert steps == list(range(1, len(steps) + 1))
-    used = Counter(tree["problem_id"] for step in steps for tree in trees_of(folder, step))
+    used = Counter(tree["problem_id"] for step in steps for tree in step_trees(folder, step))
     held = Counter(problem.id for problem in pools.problems)
     handed_out = Counter({number: position.epoch for number in range(num_problems)})
     handed_out.update(
@@ -73,7 +68,7 @@ def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> No
 
 
 def test_two_steps_sample_and_learn_at_once_and_say_how_it_went(tmp_path):
-    words = settings(tmp_path, "trainer.total_steps=2", "data.size=24")
+    words = settings(tmp_path, *FLAT, "trainer.total_steps=2", "data.size=24")
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "sampler idle" in done.stdout and "learner idle" in done.stdout
@@ -99,7 +94,7 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
     small = ["trainer.total_steps=2", "trainer.val_before_train=false"]
-    words = settings(tmp_path, *small, f"reward.parts.custom.name={file}:compute_score")
+    words = settings(tmp_path, *FLAT, *small, f"reward.parts.custom.name={file}:compute_score")
     done = run(tmp_path / "broken", *words)
     assert done.returncode == 1 and "got a verdict" in done.stderr, done.stderr
     file.write_text(file.read_text().replace("1 / 0", "return 0.0"))
@@ -115,8 +110,9 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
 @pytest.mark.parametrize(
     "choices",
     [
-        [],
+        FLAT,
         [
+            "rollout.temperature=2.0",
             "cluster.num_rollout_workers=2",
             "cluster.cpus_per_rollout_worker=0.5",
             "trainer.segments.on_stale=drop",
@@ -124,13 +120,14 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
             "trainer.segments.submit=longest_first",
         ],
         [
+            *FLAT,
             "cluster.num_learner_ranks=2",
             "cluster.cpus_per_learner_rank=0.5",
             "trainer.learner.off_policy.correction=none",
             "trainer.learner.old_logprobs=sampled",
         ],
     ],
-    ids=["finish", "two_workers_drop", "two_ranks"],
+    ids=["finish", "trees_of_two_workers_drop", "two_ranks"],
 )
 def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
     words = settings(
@@ -138,14 +135,14 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
         "trainer.test_freq=5", "trainer.keep_checkpoints=9",
     )  # fmt: skip
     process = start(tmp_path, *words)
-    wait_for(lambda: (tmp_path / "latest").exists() and num_rows(tmp_path) > 7, process)
+    wait_for(lambda: num_rows(tmp_path) > 7, process)
     asked = "cluster.num_learner_ranks=2" in choices
     os.kill(process.pid, signal.SIGTERM if asked else signal.SIGKILL)
     _, errors = process.communicate()
     if asked:
         assert process.returncode == 130 and "goes on from the last checkpoint" in errors, errors
     killed = (tmp_path / "latest").resolve()
-    pools = load_pools((newest_checkpoint(killed) / POOLS_FILE).read_bytes())
+    pools, _ = newest_pools(killed)
     assert any(isinstance(e.work, Growth) for e in pools.unfinished), "the case did not arise"
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
@@ -160,9 +157,9 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
 
 @pytest.mark.long
 def test_the_death_of_a_worker_ends_the_run_and_names_it(tmp_path):
-    words = settings(tmp_path, "trainer.total_steps=400", "data.size=24")
+    words = settings(tmp_path, *FLAT, "trainer.total_steps=400", "data.size=24")
     process = start(tmp_path, *words)
-    wait_for(lambda: (tmp_path / "latest").exists() and num_rows(tmp_path) > 1, process)
+    wait_for(lambda: num_rows(tmp_path) > 1, process)
     os.kill(worker_process(process.pid, "RolloutWorker"), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "rollout worker 0 of 1 died" in errors, errors

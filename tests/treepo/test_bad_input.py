@@ -6,9 +6,10 @@ import shutil
 import pytest
 from training_runs import SMALL, run
 
+from treepo.checkpoint import RunState, save_checkpoint
 from treepo.cli import compose
 from treepo.config import TrainConfig
-from treepo.loop import train
+from treepo.loop import note_of_others, open_run, train
 from treepo.names import check_names
 from treepo.sizes import derived_sizes
 
@@ -46,6 +47,7 @@ def configure(tmp_path, *overrides: str) -> TrainConfig:
         ("cluster.num_learner_ranks=3", "never have a tree"),
         ("cluster.weight_transport=nccl", "weight_transport='nccl'.*object_store or group"),
         ("cluster.weight_timeout_seconds=0", "weight_timeout_seconds=0.*> 0"),
+        ("cluster.call_timeout_seconds=-1", "call_timeout_seconds=-1.*> 0"),
         (
             "rollout.segment_length=4",
             "segment_length=4 x rollout.max_depth=11.*rollout.max_depth=16",
@@ -150,10 +152,9 @@ def test_a_model_folder_without_whole_weights_is_named(tmp_path, tiny_model_path
 def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
     tmp_path, tiny_model_path
 ):
-    import torch
-
     from rollout.model_runner import load_model
     from trainers.model import load_policy
+    from trainers.settings import LearnerSettings
 
     folder = tmp_path / "cut"
     shutil.copytree(tiny_model_path, folder)
@@ -162,7 +163,7 @@ def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(folder, dtype="float32", device="cpu")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_policy(str(folder), dtype=torch.float32)
+        load_policy(str(folder), LearnerSettings())
 
 
 def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
@@ -174,6 +175,26 @@ def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "got a verdict" in line and "ZeroDivisionError" in line
     assert "Traceback" not in done.stderr
+
+
+def test_a_new_run_says_which_unfinished_one_it_does_not_go_on_with(tmp_path):
+    run_of = {}
+    for seed in (1, 2):
+        config = configure(tmp_path, f"seed={seed}", "trainer.total_steps=9")
+        run_of[seed], lock = open_run(config)
+        lock.release()
+    assert note_of_others(config, run_of[2]) == ""  # nothing of the first was saved
+    state = RunState(
+        step=1, policy_version=1, data_position={}, digest="", seconds=0.0, seed=1, before={},
+        tracking={},
+    )  # fmt: skip
+    save_checkpoint(run_of[1].checkpoints, state, lambda folder: None, keep=1)
+    note = note_of_others(config, run_of[2])
+    assert f"the unfinished {run_of[1].path} has other settings (seed)" in note
+    disabled = configure(tmp_path, "seed=2", "resume_mode=disable")
+    assert note_of_others(disabled, run_of[2]) == ""
+    run_of[1].finish({})
+    assert note_of_others(config, run_of[2]) == ""
 
 
 def test_a_run_is_resumed_by_path_with_its_own_settings_only(tmp_path):

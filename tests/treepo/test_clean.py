@@ -207,6 +207,25 @@ def test_what_cannot_be_cleaned_is_refused(tmp_path):
         run(tmp_path, f"data.files=[{file}]")
 
 
+def test_rows_of_a_source_of_one_s_own_are_cleaned_if_they_are_in_a_format(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from treepo.data_rows import parse_row\n"
+        "def raw(settings):\n"
+        "    return [{'question': 'What is 2?', 'answer': '#### 2.'}]\n"
+        "def read(settings):\n"
+        "    return [parse_row(row, id='a', where='row a') for row in raw(settings)]\n"
+        "def nothing(settings):\n"
+        "    return None\n"
+    )
+    run(tmp_path, f"data.source='{own}:raw'")
+    (row,) = [row for _, row in read_jsonl(tmp_path / "out" / "rows.jsonl")]
+    assert row == {"question": "What is 2?", "answer": "#### 2", "data_source": "openai/gsm8k"}
+    for source, words in (("read", "row a: .*must be dicts"), ("nothing", "must return rows")):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path / source, f"data.source='{own}:{source}'")
+
+
 def test_a_changed_answer_that_no_longer_fits_a_parquet_column_is_an_error(tmp_path):
     numbers = [trl("How long is it?", 2), trl("What is 1?", 1)]
     file = write(tmp_path / "rows.parquet", numbers)
@@ -230,7 +249,7 @@ def test_gsm8k_s_rows_pass_untouched(tmp_path):
     kept = made + ([row for _, row in read_jsonl(GSM8K)] if GSM8K.is_file() else [])
     file = write(tmp_path / "gsm8k.jsonl", kept)
     report = run(tmp_path, f"data.files=[{file}]")
-    assert report["changed"] + report["dropped"] <= len(kept) // 200
+    assert (report["changed"], report["dropped"]) == (0, 0)
     left = [row for _, row in read_jsonl(tmp_path / "out" / "gsm8k.jsonl")]
     assert left == kept
 

@@ -25,7 +25,9 @@ NEEDED = {
     "data=file": ["data.files=[rows.jsonl]"],
     "+experiment=treepo_paper": ["data.files=[rows.jsonl]"],
     "+experiment=ulorl_paper": ["data.files=[rows.jsonl]"],
+    "+experiment=treepo_ulorl": ["data.files=[rows.jsonl]"],
     "trainer=async": ["cluster.colocate=false"],
+    "trainer=one_step": ["cluster.colocate=false"],
     "reward=custom": ["reward.parts.custom.name=rewards.exact:make"],
 }
 

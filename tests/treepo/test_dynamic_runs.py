@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_runs import num_rows, run, start, wait_for
+from training_runs import num_rows, run, start, step_trees, wait_for
 
 from treepo.tracking import read_rows
 
@@ -37,11 +37,6 @@ def overrides(tmp_path: Path, total_steps: int) -> list[str]:
         f"reward.parts.custom.name={file}:compute_score",
         "evaluation.num_samples=1",
     ]
-
-
-def step_trees(run_folder: Path, step: int) -> list[dict]:
-    file = run_folder / "trees" / f"step_{step}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def informative(tree: dict) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from study import runs_of
 
 from treepo.cli import compose
 from treepo.config import TrainConfig, resolve_model_path, strategy_settings
@@ -64,17 +65,15 @@ def test_the_variant_in_segments_has_four_of_the_longest_response() -> None:
     assert config.trainer.segments.num_segments(strategy.max_response_length) == 4
 
 
-def test_every_variant_of_the_study_can_be_trained() -> None:
-    study = yaml.safe_load((ROOT / "scripts" / "studies" / "ulorl.yaml").read_text())
-    configs = {
-        name: compose("train", TrainConfig, [*study["overrides"], *(overrides or [])])
-        for name, overrides in study["variants"].items()
-    }
-    _, strategy = strategy_settings(configs["segments_1"])
+def test_the_study_s_variants_have_the_segments_of_their_names() -> None:
+    described = yaml.safe_load((ROOT / "scripts" / "studies" / "ulorl.yaml").read_text())
+    runs = {run.variant: run for run in runs_of(described, [], [0])}
     for count in (1, 2, 4, 8):
-        segments = configs[f"segments_{count}"].trainer.segments
-        assert segments.num_segments(strategy.max_response_length) == count
-    assert configs["sais"].trainer.learner.old_logprobs == "sampled"
+        config = compose("train", TrainConfig, list(runs[f"segments_{count}"].overrides))
+        _, strategy = strategy_settings(config)
+        assert config.trainer.segments.num_segments(strategy.max_response_length) == count
+    sais = compose("train", TrainConfig, list(runs["sais"].overrides))
+    assert sais.trainer.learner.old_logprobs == "sampled"
 
 
 def test_demonstrations_ask_and_answer_with_numbers() -> None:

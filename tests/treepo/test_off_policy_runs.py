@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_segment_runs import FLAT, finish, settings, step_trees
+from test_segment_runs import FLAT, settings
+from training_runs import finish, step_trees
 
 from treepo.tracking import read_rows
 

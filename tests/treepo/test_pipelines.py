@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from treepo.cli import compose
-from treepo.cluster import check_resources
 from treepo.config import TrainConfig
+from treepo.resources import check_resources
 from treepo.sizes import derived_sizes
 
 QUICKSTART = "+experiment=quickstart_async"
@@ -15,7 +15,11 @@ QUICKSTART = "+experiment=quickstart_async"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.pipeline=asynch"], "trainer.pipeline='asynch' is unknown.*sync, .*async"),
+        (
+            ["trainer.pipeline=asynch"],
+            "trainer.pipeline='asynch' is unknown.*sync, one_step, async",
+        ),
+        (["trainer.segments.stop_when_finished=4"], "stop_when_finished=4 .*stop_when_finished=0"),
         (
             ["cluster.colocate=true"],
             "cluster.colocate=True .*colocate=false, which needs 2 CPUs and 0 GPUs",
@@ -45,6 +49,35 @@ QUICKSTART = "+experiment=quickstart_async"
 def test_settings_that_do_not_fit_are_refused_with_what_does(overrides, message):
     with pytest.raises(ValueError, match=message):
         compose("train", TrainConfig, [QUICKSTART, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.colocate=true"], "colocate=True .*pipeline='one_step'.*which needs 2 CPUs"),
+        (
+            ["trainer.learner.off_policy.correction=none"],
+            "old_logprobs='recomputed' .*pipeline='one_step'.*decoupled, tis or icepop",
+        ),
+    ],
+)
+def test_the_one_step_pipeline_refuses_what_does_not_fit(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        compose("train", TrainConfig, ["+experiment=quickstart_one_step", *overrides])
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["cluster.weight_transport=group"],
+        ["algorithm=dynamic"],
+        ["trainer.segments.segment_length=16", "trainer.segments.group_policy=finished_part"],
+        ["trainer.learner.off_policy.correction=none", "trainer.learner.old_logprobs=sampled"],
+    ],
+)
+def test_the_one_step_pipeline_goes_with_what_a_synchronous_step_does(choices):
+    words = ["+experiment=quickstart_one_step", *choices]
+    assert compose("train", TrainConfig, words).trainer.pipeline == "one_step"
 
 
 def test_whole_responses_do_not_fit_and_segments_are_named():

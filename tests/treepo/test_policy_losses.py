@@ -98,7 +98,8 @@ def test_corrections_and_masks_are_chosen_by_name():
     learner = configure().trainer.learner
     assert learner.off_policy.correction == "none" and learner.mpt.gate == "never"
     assert learner.off_policy.mask_older_than is None
-    tis = configure("trainer=ulorl", f"{OFF}.correction=tis", f"{OFF}.mask_older_than=0")
+    words = [f"{OFF}.correction=tis", f"{OFF}.mask_older_than=0"]
+    tis = configure("trainer=ulorl", "trainer.segments.segment_length=16", *words)
     learner = tis.trainer.learner
     assert (learner.old_logprobs, learner.mpt.gate) == ("recomputed", "response")
     assert learner.off_policy.largest_weight == 2 and learner.off_policy.mask_older_than == 0
@@ -117,6 +118,22 @@ def test_reinforce_takes_recomputed_logprobs_for_a_correction_alone():
     assert configure(*words, f"{OFF}.correction=tis").trainer.learner.off_policy.correction == "tis"
     with pytest.raises(ValueError, match="has no ratio.*off_policy.correction, such as 'tis'"):
         configure(*words)
+
+
+@pytest.mark.parametrize(
+    ("oldest", "words"),
+    [
+        (0, []),
+        (1, ["trainer=one_step", "cluster.colocate=false"]),
+        (3, ["trainer.segments.segment_length=16", "trainer.segments.max_staleness=3"]),
+    ],
+)
+def test_a_mask_from_an_age_on_that_no_token_reaches_is_refused(oldest, words):
+    with pytest.raises(ValueError, match=f"mask_older_than={oldest} never masks.*than {oldest} up"):
+        configure(*words, f"{OFF}.mask_older_than={oldest}")
+    if oldest:
+        configure(*words, f"{OFF}.mask_older_than={oldest - 1}")
+    configure("trainer.segments.segment_length=16", f"{OFF}.mask_older_than={oldest}")
 
 
 def test_masks_that_do_not_fit_the_algorithm_are_refused():

@@ -64,7 +64,10 @@ class World:
     """Trees that need given numbers of segments, and a run that trains on them step by step."""
 
     def __init__(self, num_problems: int, size: int, lengths, rewards, **rules) -> None:
-        """``rules``: of the segments, and ``filter_groups``."""
+        """``rules``: of the segments, ``filter_groups``, ``is_ahead``: a step draws while the one
+        before makes its update.
+        """
+        self.is_ahead = rules.pop("is_ahead", False)
         filters = rules.pop("filter_groups", True)
         trainer = replace(
             BASE.trainer,
@@ -77,20 +80,24 @@ class World:
         self.num_problems = num_problems
         self.lengths, self.rewards = lengths, rewards  # of (problem number, step begun)
         self.pools, self.position = Pools(), ProblemOrder.start
-        self.step = self.version = 0
+        self.step = self.version = self.trains_at = 0
+        self.updates = False  # whether an update runs while this step draws
         self.drawn: list[str] = []
         self.grown: list[tuple[list[str], int]] = []
+        self.stops: list[int] = []
         self.judged: Counter[tuple[str, int]] = Counter()
 
     def run_step(self) -> SegmentBatch:
         """One step after a resume: records that were written and read again."""
         self.step += 1
         self.grown.clear()
+        self.trains_at = self.version + self.updates
         batch = segmented_step(
             load_pools(dump_pools(self.pools)),
             DataPosition.of(json.loads(json.dumps(asdict(self.position)))),
             step=self.step,
             version=self.version,
+            trains_at=self.trains_at,
             order=ProblemOrder(problems(self.num_problems), 0),
             config=self.config,
             rollout=FlatSettings(n=N),
@@ -102,7 +109,10 @@ class World:
             ),
         )
         self.pools, self.position = batch.pools, batch.after
-        self.version += bool(batch.kept)
+        if self.is_ahead:
+            self.version, self.updates = self.trains_at, bool(batch.kept)
+        else:
+            self.version += bool(batch.kept)
         return batch
 
     def _prompts(self, of):
@@ -114,6 +124,7 @@ class World:
     def _grow(self, growing, limits: GrowthLimits):
         work = [entry.work for entry in growing]
         self.grown.append(([entry.problem_id for entry in work], limits.segment_length))
+        self.stops.append(limits.stop_when_finished)
         return [self._grown(entry, limits) for entry in work], CostLedger()
 
     def _grown(self, work, limits: GrowthLimits) -> Tree | Growth:
@@ -192,11 +203,12 @@ RULES = st.fixed_dictionaries(
     num_steps=st.integers(1, 16),
     floor=st.integers(0, N),
     cap=st.integers(0, 3),
+    is_ahead=st.booleans(),
     on_stale=st.sampled_from(["finish", "drop"]),
     rules=RULES,
 )
 def test_each_prompt_is_trained_on_or_filtered_exactly_once_an_epoch_and_never_too_late(
-    size, extra, salt, num_steps, floor, cap, on_stale, rules
+    size, extra, salt, num_steps, floor, cap, is_ahead, on_stale, rules
 ) -> None:
     def draws(problem: int, step: int, most: int) -> tuple[int, ...]:
         rng = np.random.default_rng([salt, problem, step, most])
@@ -211,6 +223,7 @@ def test_each_prompt_is_trained_on_or_filtered_exactly_once_an_epoch_and_never_t
         size,
         lambda p, s: tuple(1 + x for x in draws(p, s, 5)),
         lambda p, s: tuple(float(x) for x in draws(p, s, 2)),
+        is_ahead=is_ahead,
         **rules,
     )
     in_flight: set[str] = set()
@@ -218,12 +231,12 @@ def test_each_prompt_is_trained_on_or_filtered_exactly_once_an_epoch_and_never_t
     trained: Counter[tuple[str, int]] = Counter()
     touched: set[str] = set()  # problems in flight of which a response was trained on
     for _ in range(num_steps):
-        before, version = in_flight, world.version
+        before = in_flight
         batch = world.run_step()
         in_flight = {problem.id for problem in world.pools.problems}
         assert len(world.drawn) == len(set(world.drawn)) == batch.num_new
         for scored in batch.kept:
-            assert not cap or version - oldest(scored) <= cap
+            assert not cap or world.trains_at - oldest(scored) <= cap
             leaves = trained_leaves(scored)
             assert leaves, "a group without anything to train on"
             trained.update((name_of(scored), leaf) for leaf in leaves)
@@ -307,6 +320,22 @@ def test_a_finished_part_trains_at_the_floor_and_the_rest_against_the_whole_grou
     assert of_whole.leaf_advantage == pytest.approx([0, 0, 0.5, 0.5], rel=1e-5)
     assert of_whole.weight.tolist() == [0, 0, 0, 1, 1]
     assert max(world.judged.values()) == 1
+
+
+def test_growth_stops_at_a_number_of_trees_that_those_in_their_last_step_count_to():
+    """Under a cap of 1 what was begun a step before must end now: 2 of the 3 that are asked for."""
+    world = World(
+        40, 2, lambda p, s: (4, 4, 4, 4), lambda p, s: (1.0, 0.0, 0.0, 0.0), max_staleness=1,
+        stop_when_finished=3,
+    )  # fmt: skip
+    for _ in range(2):
+        world.run_step()  # nothing trains, so nothing gets older
+    assert world.stops == [3, 3] and len(world.grown) == 1
+    world.version += 1
+    world.stops.clear()
+    world.run_step()
+    assert [length for _, length in world.grown] == [0, 1]
+    assert world.stops == [0, 1], "four end in any case, and the call stops at one more"
 
 
 def test_a_part_without_a_signal_is_trained_on_with_a_later_one():

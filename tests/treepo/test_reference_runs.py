@@ -8,8 +8,8 @@ import pytest
 from training_runs import run
 
 from treepo.cli import compose
-from treepo.cluster import check_resources
 from treepo.config import ClusterConfig, TrainConfig
+from treepo.resources import check_resources
 from treepo.tracking import read_rows
 
 

@@ -9,8 +9,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_runs import documented_metrics, num_rows, run, start, wait_for
+from training_runs import (
+    documented_metrics,
+    finish,
+    num_rows,
+    start,
+    step_trees,
+    varied_reward,
+    wait_for,
+)
 
+from treepo.checkpoint import latest_checkpoint
 from treepo.pools import POOLS_FILE, load_pools
 from treepo.tracking import read_rows
 
@@ -26,29 +35,10 @@ SEGMENTS = [
     "evaluation.num_samples=1",
 ]
 FLAT = ["rollout=flat", "algorithm=grpo", "rollout.n=4", "rollout.max_response_length=64"]
-# Scores that vary with the response, so that nearly every group has a signal.
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    return sum(map(ord, solution_str)) % 10 / 10
-"""
 
 
 def settings(tmp_path: Path, *more: str) -> list[str]:
-    file = tmp_path / "varied.py"
-    file.write_text(REWARD)
-    reward = ["reward=custom", f"reward.parts.custom.name={file}:compute_score"]
-    return [*SEGMENTS, *reward, *more]
-
-
-def finish(outputs: Path, words: list[str]) -> Path:
-    done = run(outputs, *words)
-    assert done.returncode == 0, done.stderr
-    return (outputs / "latest").resolve()
-
-
-def step_trees(folder: Path, step: int) -> list[dict]:
-    lines = (folder / "trees" / f"step_{step}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [*SEGMENTS, *varied_reward(tmp_path), *more]
 
 
 def versions(tree: dict) -> list[set[int]]:
@@ -117,7 +107,7 @@ def test_a_run_killed_while_trees_are_unfinished_goes_on_with_them_to_the_same_e
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     killed = (cut / "latest").resolve()
-    newest = max(killed.glob("checkpoints/global_step_*"), key=lambda p: int(p.name[12:]))
+    newest = latest_checkpoint(killed / "checkpoints")
     pools = load_pools((newest / POOLS_FILE).read_bytes())
     assert pools.unfinished, "the case did not arise"
     assert POOLS_FILE in json.loads((newest / "complete.json").read_text())["files"]

@@ -28,6 +28,7 @@ from treepo.sizes import derived_sizes
             "train_on='full_batch' is not used with .*segment_length=0.*segment_length > 0",
         ),
         ({"prompts_in_flight": 9}, "prompts_in_flight=9 is not used with .*refill='constant'"),
+        ({"stop_when_finished": -2}, "stop_when_finished=-2: it must be >= 0"),
         ({"min_finished": 2}, "min_finished=2 is not used with .*group_policy='wait_all'"),
         ({"on_stale": "drop"}, "on_stale='drop' is not used with .*max_staleness=0"),
     ],
@@ -48,6 +49,18 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(settings, message):
                 "trainer.segments.min_finished=17",
             ],
             "min_finished=17 is more than rollout.n=16",
+        ),
+        (
+            ["trainer.segments.segment_length=16", "trainer.segments.stop_when_finished=23"],
+            "stop_when_finished=23 ends fewer .*train_batch_size=24.*refill=keep_in_flight, or",
+        ),
+        (
+            [
+                "trainer.segments.segment_length=16",
+                "trainer.segments.refill=keep_in_flight",
+                "trainer.segments.stop_when_finished=48",
+            ],
+            "stop_when_finished=48 leaves nothing to cut, as 48 trees are in flight",
         ),
         (
             ["trainer.segments.segment_length=16", "algorithm=dynamic"],

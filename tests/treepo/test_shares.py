@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import treepo.cluster
 from rollout.growth import Growth, GrowthLimits, nothing_drawn
 from rollout.metrics import CostLedger
 from rollout.strategies.base import Prompt
@@ -58,7 +59,9 @@ def test_workers_share_the_trees_after_which_a_call_stops():
 
 
 @pytest.mark.parametrize("keeps_kv", [True, False])
-def test_unfinished_trees_go_back_to_the_worker_that_kept_their_keys_and_values(keeps_kv):
+def test_unfinished_trees_go_back_to_the_worker_that_kept_their_keys_and_values(
+    monkeypatch, keeps_kv
+):
     """Workers that put everything aside; the second call has the work in another order."""
     seen: list[list[str]] = []
 
@@ -81,7 +84,7 @@ def test_unfinished_trees_go_back_to_the_worker_that_kept_their_keys_and_values(
     cluster = Cluster(config=ClusterConfig(num_rollout_workers=2))
     cluster.rollout = [worker_of(rank) for rank in range(2)]
     cluster._keeps_kv = keeps_kv
-    cluster._get = lambda role, refs, timeout: refs
+    monkeypatch.setattr(treepo.cluster, "answers", lambda role, refs, timeout: refs)
     work: list = [
         Prompt(problem_id=name, token_ids=np.array([5], np.int32), root_key=i)
         for i, name in enumerate("abcd")

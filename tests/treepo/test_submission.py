@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scored_trees import build
+from scored_trees import build, verdict
 from some_problems import problems
 
 from rollout.extend import LENGTH, STOP, ExtendResult
@@ -15,7 +15,9 @@ from rollout.length_statistics import PAUSED, LengthStatistics, Observation
 from rollout.strategies.base import STRATEGIES, Prompt
 from rollout.strategies.settings import FlatSettings, TreePOSettings
 from rollout.tree import EOS, TRUNCATED
-from treepo.pools import Unfinished
+from treepo import async_schedule as schedule
+from treepo.data_order import DataPosition, ProblemOrder
+from treepo.pools import Group, Pools, Unfinished
 from treepo.submission import drawn, expected_tokens, length_error, of_growth, of_tree
 
 FLAT = FlatSettings(n=3, max_response_length=100, stop_token_ids=[1])
@@ -109,6 +111,33 @@ def test_what_is_over_is_observed_as_it_ended_and_what_goes_on_as_cut():
     assert [(o.length, o.finish_reason, o.policy_version) for o in cut] == [
         (12, PAUSED, 3),
         (30, PAUSED, 3),
+    ]
+
+
+def test_of_what_an_update_leaves_too_old_to_train_on_the_lengths_so_far_are_kept():
+    entries = [entry(1, growth(1, [12, 30, 0])), replace(entry(2), oldest_version=1)]
+    group = Group(
+        problem=problems(4)[3], tree=build([-1, 0]), verdicts=(verdict(1.0),), begun=1,
+        oldest_version=1, num_segments=1,
+    )  # fmt: skip
+    rules = schedule.Rules(
+        batch_size=1, max_staleness=1, on_stale="drop", num_in_flight=4, total_steps=9,
+        max_response_length=100,
+    )  # fmt: skip
+    state = schedule.begin(
+        rules,
+        ProblemOrder(problems(4), 0),
+        position=DataPosition(epoch=0, offset=4),
+        pools=Pools(unfinished=tuple(entries), experience=(group,)),
+        num_workers=1,
+        step=1,
+        version=1,
+    )
+    state, taken = schedule.batch(state)
+    assert taken == (group,) and state.unfinished == (entries[1],) and state.num_dropped == 1
+    assert [(o.length, o.finish_reason) for o in state.lengths.observations] == [
+        (12, PAUSED),
+        (30, PAUSED),
     ]
 
 

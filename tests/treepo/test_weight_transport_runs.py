@@ -19,7 +19,8 @@ from rollout.strategies.base import Prompt
 from rollout.strategies.settings import FlatSettings
 from rollout.tree import Tree
 from trainers.settings import LearnerSettings
-from treepo.cluster import Cluster, WorkerLost
+from treepo.calls import WorkerLost
+from treepo.cluster import Cluster
 from treepo.config import ClusterConfig
 from treepo.sync import publish_weights
 from treepo.tracking import read_rows

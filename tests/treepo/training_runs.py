@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -28,6 +29,12 @@ SMALL = [
     "cluster.num_learner_ranks=1",
     "reward.num_workers=1",
 ]
+
+# Scores that vary with the response, so that nearly every group has a signal.
+VARIED_REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return sum(map(ord, solution_str)) % 10 / 10
+"""
 
 OF_TREES = "rollout.initial_divergence"  # what flat sampling has no setting for
 
@@ -59,6 +66,26 @@ def run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         timeout=280,
         env={**os.environ, "COLUMNS": "200"},
     )
+
+
+def finish(outputs: Path, words: list[str]) -> Path:
+    """Run to a good end; the run's folder."""
+    done = run(outputs, *words)
+    assert done.returncode == 0, done.stderr
+    return (outputs / "latest").resolve()
+
+
+def varied_reward(folder: Path) -> list[str]:
+    """What chooses ``VARIED_REWARD``, written below ``folder``."""
+    file = folder / "varied.py"
+    file.write_text(VARIED_REWARD)
+    return ["reward=custom", f"reward.parts.custom.name={file}:compute_score"]
+
+
+def step_trees(run_folder: Path, step: int) -> list[dict]:
+    """The lines of a step's file of trees."""
+    lines = (run_folder / "trees" / f"step_{step}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def wait_for(condition, process, seconds: float = 240) -> None:

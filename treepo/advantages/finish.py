@@ -124,10 +124,7 @@ def leaf_weights(group: ScoredTree, loss_weighting: str) -> np.ndarray:
     """
     lengths = leaf_num_tokens(group.tree)
     per_token = 1.0 / np.maximum(lengths, 1) if loss_weighting == "sequence_mean" else 1.0
-    trains = group.valid & (lengths > 0)
-    if group.in_loss is not None:
-        trains &= group.in_loss
-    return np.where(trains, per_token, 0.0)
+    return np.where(group.trains & (lengths > 0), per_token, 0.0)
 
 
 def _where_sampled(group: ScoredTree) -> np.ndarray:

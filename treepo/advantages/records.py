@@ -23,6 +23,11 @@ class ScoredTree:
     # bool [L], False: counts in baselines and spreads, but is not trained on; None: all True
     in_loss: np.ndarray | None = None
 
+    @property
+    def trains(self) -> np.ndarray:
+        """bool [L], whether there is a verdict, and it counts in the loss."""
+        return self.valid if self.in_loss is None else self.valid & self.in_loss
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TreeAdvantages:

@@ -11,7 +11,7 @@ from typing import Any
 
 from treepo.atomic import write_text
 from treepo.cleaning.records import CleanItem
-from treepo.data import DATA_SOURCES, RawRow, parsed, raw_file_rows, raw_hub_rows
+from treepo.data import RawRow, given_rows, parsed, raw_file_rows, raw_hub_rows
 from treepo.data_rows import TRUTH_COLUMNS, Row, recognise
 from treepo.data_settings import DataSettings
 
@@ -148,17 +148,12 @@ def _raw(settings: DataSettings) -> Iterator[RawRow]:
 
 
 def _raw_user_rows(settings: DataSettings) -> Iterator[RawRow]:
-    for index, row in enumerate(DATA_SOURCES.get(settings.source)(settings)):
-        where = f"{settings.source}, row {index}"
+    for row in given_rows(settings):
         if isinstance(row, Row):
-            raise ValueError(f"{where}: rows to be cleaned must be dicts in one of the row formats")
-        yield RawRow(
-            columns=row,
-            id=f"{settings.source}:{index}",
-            where=where,
-            origin="",
-            data_source=settings.data_source,
-        )
+            raise ValueError(
+                f"{row.where}: rows to be cleaned must be dicts in one of the row formats"
+            )
+        yield row
 
 
 def _output(raw: RawRow, settings: DataSettings) -> str:
@@ -170,12 +165,12 @@ def _output(raw: RawRow, settings: DataSettings) -> str:
     return "rows.jsonl"
 
 
-def with_source(row: SourceRow, columns: Mapping[str, Any], settings: DataSettings) -> dict:
+def with_source(row: SourceRow, columns: dict[str, Any], settings: DataSettings) -> dict[str, Any]:
     """``columns``; of a row without a file also the name of its data source, which it would lose
     in one.
     """
     if row.raw.origin or settings.data_source or columns.get("data_source"):
-        return dict(columns)
+        return columns
     return {**columns, "data_source": row.row.data_source}
 
 
