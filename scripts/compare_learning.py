@@ -5,8 +5,9 @@
 
 Each folder is a variant with a run per seed. Costs: *query tokens* (what the sampler forwarded),
 *trained tokens* (what the learner forwarded and back-propagated), *iterations* (the sampler's
-forwards, one after the other) and seconds; ``--costs`` says which. Each ``--steps METRIC`` adds a
-panel with a metric of every step against trained tokens. Writes ``<output>.png`` and
+forwards, one after the other) and seconds; ``--costs`` says which. The picture has a column a cost;
+its first row is the held-out accuracy (left out where runs were evaluated at their end alone), and
+``--steps METRIC ...`` adds rows of metrics of every step. Writes ``<output>.png`` and
 ``<output>.md``. Needs matplotlib (in the dev extra).
 """
 
@@ -44,8 +45,8 @@ class Curve:
 
     accuracy: np.ndarray  # [E]
     costs: Mapping[str, np.ndarray]  # of each cost [E], cumulative
-    # of each metric [2, S]: trained tokens so far and its value, of the steps that have it
-    steps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    # of each metric and cost [2, S]: what was spent so far and its value, of the steps that have it
+    steps: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     def accuracy_at(self, cost: str, budget: float) -> float:
         """Accuracy when so much was spent, on straight lines between evaluations."""
@@ -64,20 +65,21 @@ def read_curve(run: Path, metric: str, of_steps: Sequence[str] = ()) -> Curve:
     totals = dict.fromkeys(COSTS, 0.0)
     accuracy: list[float] = []
     costs: dict[str, list[float]] = {name: [] for name in COSTS}
-    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in of_steps}
+    steps: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in read_rows(run / "metrics.jsonl"):
         for name, (logged, _) in COSTS.items():
             totals[name] += row.get(logged) or 0.0
         for name in of_steps:
-            if row.get(name) is not None:
-                steps[name].append((totals["trained"], row[name]))
+            for cost in COSTS:
+                if row.get(name) is not None:
+                    steps.setdefault((name, cost), []).append((totals[cost], row[name]))
         if row.get(metric) is not None:
             accuracy.append(row[metric])
             for name in COSTS:
                 costs[name].append(totals[name])
     if not accuracy:
         raise ValueError(f"{run} has no metric {metric!r} in its metrics.jsonl")
-    if missing := [name for name, points in steps.items() if not points]:
+    if missing := [name for name in of_steps if (name, "trained") not in steps]:
         raise ValueError(f"{run} has no metric {missing[0]!r} in its metrics.jsonl")
     return Curve(
         accuracy=np.array(accuracy),
@@ -119,18 +121,21 @@ def table(curves: Mapping[str, Sequence[Curve]], costs_shown: Sequence[str] = DE
     """Accuracy at the end and at equal budgets, and what a run cost, a row a variant.
 
     The budget of a cost is the smallest that any run spent in all, so that every run reached it.
+    There are none where a run was evaluated at its end alone.
     """
     budgets = {
         cost: min(curve.costs[cost][-1] for each in curves.values() for curve in each)
         for cost in costs_shown
     }
     header = ["variant", "seeds", "at the end"]
-    header += [f"at {_amount(cost, budgets[cost])}" for cost in costs_shown]
+    evaluated = all(len(curve.accuracy) > 1 for each in curves.values() for curve in each)
+    at = costs_shown if evaluated else ()  # a line needs two ends
+    header += [f"at {_amount(cost, budgets[cost])}" for cost in at]
     header += [COSTS[cost][1] for cost in costs_shown]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, each in curves.items():
         cells = [name, str(len(each)), _spread([curve.accuracy[-1] for curve in each])]
-        for cost in costs_shown:
+        for cost in at:
             cells.append(_spread([c.accuracy_at(cost, budgets[cost]) for c in each]))
         spent = [float(np.mean([c.costs[cost][-1] for c in each])) for cost in costs_shown]
         cells += map(_number, spent)
@@ -157,31 +162,33 @@ def draw(
     output: Path,
     costs_shown: Sequence[str] = DEFAULT_COSTS,
 ) -> None:
-    """A panel a cost and one a metric of the steps; the line is the mean over seeds, the band its
-    range.
+    """A column a cost, a row the held-out accuracy and each metric of the steps; a line is the mean
+    over seeds, its band their range.
     """
-    of_steps = list(next(iter(curves.values()))[0].steps)
-    count = len(costs_shown) + len(of_steps)
-    figure, axes = plt.subplots(1, count, figsize=(4.8 * count, 3.8), squeeze=False)
-    panels = axes[0]
-    for panel in panels[1 : len(costs_shown)]:
-        panel.sharey(panels[0])
+    everyone = [curve for each in curves.values() for curve in each]
+    rows = [] if all(len(curve.accuracy) == 1 for curve in everyone) else [title]
+    rows += dict.fromkeys(metric for metric, _ in everyone[0].steps)
+    size = 4.8 * len(costs_shown), 3.8 * len(rows)
+    figure, panels = plt.subplots(
+        len(rows), len(costs_shown), figsize=size, sharex="col", sharey="row", squeeze=False
+    )
     colors = plt.get_cmap("tab10" if len(curves) <= 10 else "tab20")
     for number, (name, each) in enumerate(curves.items()):
-        lines = [[(c.costs[cost], c.accuracy) for c in each] for cost in costs_shown]
-        lines += [[_smoothed(c.steps[metric]) for c in each] for metric in of_steps]
-        for panel, of_panel in zip(panels, lines, strict=True):
-            _band(panel, of_panel, name, colors(number % colors.N))
-    for panel, cost in zip(panels, costs_shown, strict=False):
+        for row, of_row in zip(rows, panels, strict=True):
+            for cost, panel in zip(costs_shown, of_row, strict=True):
+                lines = [
+                    (c.costs[cost], c.accuracy) if row == title else _smoothed(c.steps[row, cost])
+                    for c in each
+                ]
+                _band(panel, lines, name, colors(number % colors.N))
+    for row, of_row in zip(rows, panels, strict=True):
+        of_row[0].set_ylabel(row if row == title else f"{row} (mean of {SMOOTHED} steps)")
+    for cost, panel in zip(costs_shown, panels[-1], strict=True):
         panel.set_xlabel(COSTS[cost][1])
-        panel.set_ylabel(title)
-    for panel, metric in zip(panels[len(costs_shown) :], of_steps, strict=True):
-        panel.set_xlabel(COSTS["trained"][1])
-        panel.set_ylabel(f"{metric} (mean of {SMOOTHED} steps)")
-    for panel in panels:
+    for panel in panels.flat:
         panel.grid(alpha=0.3)
         panel.ticklabel_format(axis="x", style="sci", scilimits=(-4, 5))
-    panels[-1].legend(fontsize=7)
+    panels[0, -1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     plt.close(figure)

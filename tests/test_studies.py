@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compare_learning
@@ -95,16 +96,22 @@ def test_accuracies_are_compared_at_a_budget_that_every_run_reached(tmp_path):
         compare_learning.read_curve(tmp_path / "cheap", "other")
 
 
-def test_metrics_of_steps_are_drawn_against_trained_tokens_beside_the_costs(tmp_path):
+def test_metrics_of_steps_are_drawn_below_the_accuracy_against_every_cost(tmp_path):
     for name, tokens in (("cheap", 1000), ("dear", 4000)):
         write_run(tmp_path / name, tokens, [0.1, 0.5, 0.9])
     runs = [tmp_path / "cheap", tmp_path / "dear"]
     each = [compare_learning.read_curve(run, "acc", ["entropy"]) for run in runs]
-    assert each[1].steps["entropy"].tolist() == [[4000, 8000], [0.1, 0.2]]
+    assert each[1].steps["entropy", "query"].tolist() == [[4000, 8000], [0.1, 0.2]]
     curves = {"both": each, "one": each[:1]}
     compare_learning.draw(curves, "acc", tmp_path / "picture.png", ["trained", "iterations"])
     height, width, _ = plt.imread(tmp_path / "picture.png").shape
-    assert width > 3 * height  # three panels
+    assert width == pytest.approx(2 * 4.8 / (2 * 3.8) * height, rel=0.01)  # two by two panels
+    only_end = [replace(curve, accuracy=curve.accuracy[-1:]) for curve in each]
+    compare_learning.draw({"both": only_end}, "acc", tmp_path / "picture.png", ["trained"])
+    height, width, _ = plt.imread(tmp_path / "picture.png").shape
+    assert width > height, "one row: the accuracy has no line"
+    text = compare_learning.table({"both": only_end}, ["trained"])
+    assert text.startswith("| variant | seeds | at the end | trained tokens |")
     with pytest.raises(ValueError, match="no metric 'other'"):
         compare_learning.read_curve(tmp_path / "cheap", "acc", ["other"])
 
