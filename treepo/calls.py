@@ -14,6 +14,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from treepo.base.errors import RunFailed
 
+_FETCH_SECONDS = 5.0  # for what was answered in time on another machine, and is looked at late
+
 
 class WorkerLost(RunFailed):
     """A worker died or did not answer in time; the message names it."""
@@ -94,7 +96,7 @@ def next_answers(calls: Sequence[Call], timeout: float) -> list[tuple[Call, Any]
             the cause.
     """
     by_ref = {call.ref: call for call in calls}
-    left = max(0.0, min(call.deadline for call in calls) - time.monotonic())
+    left = max(_FETCH_SECONDS, min(call.deadline for call in calls) - time.monotonic())
     ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=left)
     if not ready:
         late = [call.name for call in calls if call.deadline <= time.monotonic()]
