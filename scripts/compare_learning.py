@@ -6,7 +6,7 @@
 Each folder is a variant with a run per seed. Costs: *query tokens* (what the sampler forwarded),
 *trained tokens* (what the learner forwarded and back-propagated), *iterations* (the sampler's
 forwards, one after the other) and seconds; ``--costs`` says which. The picture has a column a cost;
-its first row is the held-out accuracy (left out where runs were evaluated at their end alone), and
+its first row is the held-out accuracy (left out where a run was evaluated at its end alone), and
 ``--steps METRIC ...`` adds rows of metrics of every step. Writes ``<output>.png`` and
 ``<output>.md``. Needs matplotlib (in the dev extra).
 """
@@ -128,8 +128,7 @@ def table(curves: Mapping[str, Sequence[Curve]], costs_shown: Sequence[str] = DE
         for cost in costs_shown
     }
     header = ["variant", "seeds", "at the end"]
-    evaluated = all(len(curve.accuracy) > 1 for each in curves.values() for curve in each)
-    at = costs_shown if evaluated else ()  # a line needs two ends
+    at = costs_shown if _have_lines(curves) else ()
     header += [f"at {_amount(cost, budgets[cost])}" for cost in at]
     header += [COSTS[cost][1] for cost in costs_shown]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
@@ -141,6 +140,11 @@ def table(curves: Mapping[str, Sequence[Curve]], costs_shown: Sequence[str] = DE
         cells += map(_number, spent)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _have_lines(curves: Mapping[str, Sequence[Curve]]) -> bool:
+    """Whether every run was evaluated more than once."""
+    return all(len(curve.accuracy) > 1 for each in curves.values() for curve in each)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -165,9 +169,8 @@ def draw(
     """A column a cost, a row the held-out accuracy and each metric of the steps; a line is the mean
     over seeds, its band their range.
     """
-    everyone = [curve for each in curves.values() for curve in each]
-    rows = [] if all(len(curve.accuracy) == 1 for curve in everyone) else [title]
-    rows += dict.fromkeys(metric for metric, _ in everyone[0].steps)
+    rows = [title] if _have_lines(curves) else []
+    rows += dict.fromkeys(metric for metric, _ in next(iter(curves.values()))[0].steps)
     size = 4.8 * len(costs_shown), 3.8 * len(rows)
     figure, panels = plt.subplots(
         len(rows), len(costs_shown), figsize=size, sharex="col", sharey="row", squeeze=False
