@@ -166,6 +166,7 @@ def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
         load_policy(str(folder), LearnerSettings())
 
 
+@pytest.mark.long
 def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
