@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(__doc__, argv)
     torch.set_num_threads(1)
     work = workload(options.quick)
-    rounds = 1 if options.quick else 2
+    rounds = 1 if options.quick else 5
     prompts = work.prompts()
     runners = {
         half: Runner(work, work.slots // 2 if half else work.slots) for half in (False, True)

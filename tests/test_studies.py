@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compare_learning
+import matplotlib.pyplot as plt
 import pytest
 import study
 import yaml
@@ -70,7 +72,8 @@ def write_run(run: Path, tokens: int, accuracies: list[float]) -> None:
     run.mkdir(parents=True)
     rows = [{"step": 0, "time": 0.0, "acc": accuracies[0]}]
     for step, accuracy in enumerate(accuracies[1:], start=1):
-        costs = {name: float(tokens) for name in compare_learning.COSTS}
+        costs = {name: float(tokens) for name, _ in compare_learning.COSTS.values()}
+        costs["entropy"] = step / 10
         rows.append({"step": step, "time": 1.0, "acc": accuracy, **costs})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -81,13 +84,36 @@ def test_accuracies_are_compared_at_a_budget_that_every_run_reached(tmp_path):
     write_run(dear, 4_000_000, [0.1, 0.3, 0.9])
     cheap, dear = (compare_learning.read_curve(run, "acc") for run in (cheap, dear))
     # Both reached 2 million: cheap with its last step, dear half-way through its first.
-    assert cheap.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.9)
-    assert dear.accuracy_at("rollout/query_tokens", 2e6) == pytest.approx(0.2)
+    assert cheap.accuracy_at("query", 2e6) == pytest.approx(0.9)
+    assert dear.accuracy_at("query", 2e6) == pytest.approx(0.2)
     text = compare_learning.table({"cheap": [cheap], "dear": [dear]})
-    assert "| cheap | 1 | 0.900 | 0.900 | 0.900 | 0.900 | 2.00M | 2.00M | 2000000 |" in text
-    assert "| dear | 1 | 0.900 | 0.200 | 0.200 | 0.200 | 8.00M | 8.00M | 8000000 |" in text
+    assert "| cheap | 1 | 0.900 | 0.900 | 0.900 | 0.900 | 2.00M | 2.00M | 2.00M |" in text
+    assert "| dear | 1 | 0.900 | 0.200 | 0.200 | 0.200 | 8.00M | 8.00M | 8.00M |" in text
+    text = compare_learning.table({"cheap": [cheap], "dear": [dear]}, ["iterations"])
+    assert "| at the end | at 2.00M iterations | iterations |" in text
+    assert "| dear | 1 | 0.900 | 0.200 | 8.00M |" in text
     with pytest.raises(ValueError, match="no metric 'other'"):
         compare_learning.read_curve(tmp_path / "cheap", "other")
+
+
+def test_metrics_of_steps_are_drawn_below_the_accuracy_against_every_cost(tmp_path):
+    for name, tokens in (("cheap", 1000), ("dear", 4000)):
+        write_run(tmp_path / name, tokens, [0.1, 0.5, 0.9])
+    runs = [tmp_path / "cheap", tmp_path / "dear"]
+    each = [compare_learning.read_curve(run, "acc", ["entropy"]) for run in runs]
+    assert each[1].steps["entropy", "query"].tolist() == [[4000, 8000], [0.1, 0.2]]
+    curves = {"both": each, "one": each[:1]}
+    compare_learning.draw(curves, "acc", tmp_path / "picture.png", ["trained", "iterations"])
+    height, width, _ = plt.imread(tmp_path / "picture.png").shape
+    assert width == pytest.approx(2 * 4.8 / (2 * 3.8) * height, rel=0.01)  # two by two panels
+    only_end = [replace(curve, accuracy=curve.accuracy[-1:]) for curve in each]
+    compare_learning.draw({"both": only_end}, "acc", tmp_path / "picture.png", ["trained"])
+    height, width, _ = plt.imread(tmp_path / "picture.png").shape
+    assert width > height, "one row: the accuracy has no line"
+    text = compare_learning.table({"both": only_end}, ["trained"])
+    assert text.startswith("| variant | seeds | at the end | trained tokens |")
+    with pytest.raises(ValueError, match="no metric 'other'"):
+        compare_learning.read_curve(tmp_path / "cheap", "acc", ["other"])
 
 
 def test_the_finished_runs_of_the_chosen_seeds_are_compared(tmp_path):

@@ -14,9 +14,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from treepo.base.errors import RunFailed
 
+_FETCH_SECONDS = 5.0  # for what was answered in time on another machine, and is looked at late
+
 
 class WorkerLost(RunFailed):
     """A worker died or did not answer in time; the message names it."""
+
+
+class InputLost(WorkerLost):
+    """A worker lacks what another one, which died, was to give it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -86,17 +92,26 @@ def next_answers(calls: Sequence[Call], timeout: float) -> list[tuple[Call, Any]
         timeout: that set their deadlines, in seconds, for errors.
 
     Raises:
-        WorkerLost: a worker died, or did not answer in time.
+        WorkerLost: a worker died, or did not answer in time. Of several errors the one nearest to
+            the cause.
     """
     by_ref = {call.ref: call for call in calls}
-    left = max(0.0, min(call.deadline for call in calls) - time.monotonic())
+    left = max(_FETCH_SECONDS, min(call.deadline for call in calls) - time.monotonic())
     ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=left)
     if not ready:
         late = [call.name for call in calls if call.deadline <= time.monotonic()]
         raise WorkerLost(f"{', '.join(late)} did not answer within {timeout:.0f} s")
     more, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
-    calls_ready = [by_ref[ref] for ref in dict.fromkeys([*ready, *more])]
-    return [(call, _answer(call.name, call.ref, 0.0)) for call in calls_ready]
+    found: list[tuple[Call, Any]] = []
+    errors: list[Exception] = []
+    for call in (by_ref[ref] for ref in dict.fromkeys([*ready, *more])):
+        try:
+            found.append((call, _answer(call.name, call.ref, 0.0)))
+        except (RunFailed, ValueError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise min(errors, key=_distance_from_cause)
+    return found
 
 
 def _no_answer(role: str, refs: Sequence[Any], timeout: float) -> WorkerLost:
@@ -111,6 +126,8 @@ def _answer(name: str, ref: Any, timeout: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout)
     except RayActorError as error:
+        if isinstance(error, RayTaskError):  # who was to give it its arguments died
+            raise InputLost(f"{name} could not begin: {error}") from error
         raise WorkerLost(f"{name} died: {error}") from error
     except RayTaskError as error:
         # The user's to mend, or a failure that says all: no traceback of another process.
@@ -122,4 +139,6 @@ def _answer(name: str, ref: Any, timeout: float) -> Any:
 def _distance_from_cause(error: Exception) -> int:
     """Of errors that came of one failure the smallest is to be shown."""
     kinds = (WorkerLost, ValueError, OSError)
+    if isinstance(error, InputLost):
+        return len(kinds) + 1
     return next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), len(kinds))

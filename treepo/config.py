@@ -213,10 +213,10 @@ class TrainConfig:
         checks.check_uses_advantages(self.trainer.learner.policy_loss.name)
         checks.check_levels(self.algorithm, self.trainer.learner.policy_loss.name)
         checks.check_masks(self.algorithm, self.trainer.learner)
-        checks.check_ages(self)
         checks.check_forks(self.algorithm, name, strategy)
         checks.check_segments(self, strategy)
         check_pipeline(self)
+        checks.check_ages(self)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:

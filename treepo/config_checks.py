@@ -126,29 +126,31 @@ def check_masks(algorithm: AdvantageSettings, learner: LearnerSettings) -> None:
 def check_ages(config: TrainConfig) -> None:
     """
     Raises:
-        ValueError: tokens are to be masked from an age on that none reaches.
+        ValueError: tokens are to be masked from an age on that none reaches, or that all have.
     """
-    masked_from = config.trainer.learner.off_policy.mask_older_than
-    oldest, why = _oldest(config)
-    if masked_from is None or oldest is None or masked_from < oldest:
+    most_kept = config.trainer.learner.off_policy.mask_older_than
+    if most_kept is None:
         return
-    mend = f"to {oldest - 1} at most" if oldest else "with segments, or another pipeline, alone"
-    raise ValueError(
-        f"trainer.learner.off_policy.mask_older_than={masked_from} never masks a token: {why} none "
-        f"is more than {oldest} updates old. Leave it out, or set it {mend}"
-    )
-
-
-def _oldest(config: TrainConfig) -> tuple[int | None, str]:
-    """Most updates between a token and its training, and why; None: no number bounds it."""
     segments, pipeline = config.trainer.segments, config.trainer.pipeline
-    if segments.max_staleness:
-        return segments.max_staleness, (
-            f"with trainer.segments.max_staleness={segments.max_staleness}"
-        )
-    if segments.is_on:
-        return None, ""
-    return int(pipeline == "one_step"), f"with trainer.pipeline={pipeline!r} and no segments"
+    youngest = int(pipeline == "one_step")  # updates between a token and its training
+    oldest = segments.max_staleness if segments.is_on else youngest  # 0: no number bounds it
+    is_bounded = bool(oldest) or not segments.is_on
+    if youngest <= most_kept and not (is_bounded and most_kept >= oldest):
+        return
+    why = f"trainer.pipeline={pipeline!r}" + ("" if segments.is_on else " without segments")
+    if most_kept < youngest:
+        what = f"masks every token: with {why} all are {youngest} update old or more"
+    elif segments.is_on:
+        what = f"never masks a token: trainer.segments.max_staleness={oldest} is the oldest's age"
+    else:
+        what = f"never masks a token: with {why} all are {oldest} updates old"
+    fits = [str(age) for age in (youngest, oldest - 1) if youngest <= age < oldest]
+    mend = f", or set it to {' to '.join(dict.fromkeys(fits))}" if fits else ""
+    if not is_bounded:
+        mend = f", or set it to {youngest} or more"
+    raise ValueError(
+        f"trainer.learner.off_policy.mask_older_than={most_kept} {what}. Leave it out{mend}"
+    )
 
 
 def check_uses_advantages(policy_loss: str) -> None:

@@ -124,11 +124,15 @@ def note_of_others(config: TrainConfig, run: RunFolder) -> str:
     if not others or others[0].is_finished or latest_checkpoint(others[0].checkpoints) is None:
         return ""
     saved, text = others[0].config_file.read_text(), run.config_file.read_text()
-    if not (differing := differing_keys(saved, text)):
-        return ""  # another process works on it
+    differing = differing_keys(saved, text)
+    if not differing or others[0].is_busy:
+        return ""
+    mend = "give it its own"
+    if set(differing) <= set(MAY_CHANGE):
+        mend = f"start with resume_mode={others[0].path}"
     return (
         f"a new run: the unfinished {others[0].path} has other settings ({', '.join(differing)}); "
-        "to go on with it, give it its own"
+        f"to go on with it, {mend}"
     )
 
 

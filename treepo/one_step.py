@@ -2,8 +2,8 @@
 step's batch under the weights from before it.
 
 A step learns from the batch that is there, draws the next one meanwhile, and publishes the new
-weights when both are done. So from the second step on every token that was begun for its batch is
-one update old when it trains (trees in segments as much older as in the synchronous pipeline), and
+weights when both are done. So from the second step on every token is one update old when it trains
+(0 after a step that made none; trees in segments as much older as in the synchronous pipeline), and
 a run is as reproducible as a synchronous one: which weights draw what does not depend on who is
 faster. The batch that waits is a part of the checkpoint. The last step draws none; a run that is
 continued beyond it with more steps begins like a new one, with a batch of the newest weights.
@@ -65,7 +65,7 @@ class _Update:
         self._ended: list[float] = []
         version = session.state.policy_version
         self._calls = session.cluster.begin_update(lesson.mini_batches, version)
-        for call in self._calls:
+        for call in self._calls[: len(lesson.mini_batches)]:  # the learner's, by rank
             call.ref.future().add_done_callback(lambda _: self._ended.append(time.monotonic()))
 
     def wait(self) -> dict[str, float]:

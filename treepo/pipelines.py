@@ -31,6 +31,8 @@ def check_pipeline(config: TrainConfig) -> None:
     if config.trainer.pipeline == "async":
         _check_segments(config)
         _check_transport(config)
+    else:
+        _check_one_step(config)
     _check_processes(config)
     _check_correction(config)
 
@@ -66,6 +68,15 @@ def _check_segments(config: TrainConfig) -> None:
                 f"trainer.pipeline='async': {why}. Set trainer.segments.{name}={better} "
                 "(trainer=async sets all that it needs), or trainer.pipeline=sync"
             )
+
+
+def _check_one_step(config: TrainConfig) -> None:
+    if config.trainer.segments.max_staleness == 1:
+        raise ValueError(
+            "trainer.segments.max_staleness=1 lets no tree go on in a second step with "
+            "trainer.pipeline='one_step', where every token is one update old when it trains: set "
+            "it to 2 or more, or to 0 for no cap"
+        )
 
 
 def _check_processes(config: TrainConfig) -> None:

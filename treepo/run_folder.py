@@ -81,6 +81,15 @@ class RunFolder:
         """Write ``summary.json``, after which the run is over and is never resumed."""
         write_json(self.summary_file, {**plain(summary), "finished": True})
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether another living process works on the run."""
+        try:
+            self.lock().release()
+        except RunIsBusy:
+            return True
+        return False
+
     def lock(self) -> RunLock:
         """Claim the run for this process.
 

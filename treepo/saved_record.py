@@ -50,7 +50,8 @@ class Layout:
                 f"the {self.name} are damaged: they have another digest than was saved"
             )
         record = pickle.loads(rest)
-        assert isinstance(record, self.kinds)
+        if not isinstance(record, self.kinds):
+            raise ValueError(f"it holds a {type(record).__name__} and no {self.name}")
         return record
 
     @property

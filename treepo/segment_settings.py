@@ -119,12 +119,18 @@ class SegmentSettings:
         if not stop:
             return
         where = f"trainer.segments.stop_when_finished={stop}"
-        if self.refill == "constant" and stop < batch_size:
+        if self.refill != "keep_in_flight" and stop < batch_size:
             raise ValueError(
-                f"{where} ends fewer trees a step than trainer.segments.refill='constant' begins "
-                f"(trainer.train_batch_size={batch_size}), so ever more would wait: set "
+                f"{where} ends fewer trees a step than trainer.segments.refill={self.refill!r} "
+                f"begins (trainer.train_batch_size={batch_size}), so ever more would wait: set "
                 f"trainer.segments.refill=keep_in_flight, or stop_when_finished to {batch_size} or "
                 "more"
+            )
+        if self.submit == "longest_first" and not self.max_staleness:
+            raise ValueError(
+                f"{where} with trainer.segments.submit='longest_first' may cut every step before "
+                "the turn of a tree that is nearly done: set trainer.segments.max_staleness, to 4 "
+                "say, or submit=in_order"
             )
         most = self.in_flight(batch_size)
         if self.refill == "keep_in_flight" and stop >= most:

@@ -114,11 +114,18 @@ class Session:
 
         Args:
             trains_at: the policy version that its update starts from.
+
+        Raises:
+            RunFailed: hardly a response has a verdict. So no such batch waits or is saved.
         """
         step, position = self.state.step + 1, DataPosition.of(self.state.data_position)
+        batch: StepBatch | SegmentBatch
         if self.config.trainer.segments.is_on:
-            return draw_segments(self, step, position, trains_at)
-        return draw_batches(self, step, position)
+            batch = draw_segments(self, step, position, trains_at)
+        else:
+            batch = draw_batches(self, step, position)
+        self.check_verdicts(batch.sampled)
+        return batch
 
     def advance(self, batch: StepBatch | SegmentBatch) -> None:
         """The step of ``batch`` is done, as far as the data go."""
@@ -127,13 +134,8 @@ class Session:
         self.state = replace(self.state, step=self.state.step + 1, data_position=batch.after)
 
     def describe(self, batch: StepBatch | SegmentBatch) -> dict[str, float]:
-        """Metrics of what a step sampled.
-
-        Raises:
-            RunFailed: hardly a response has a verdict.
-        """
+        """Metrics of what a step sampled."""
         sampled = batch.sampled
-        self.check_verdicts(sampled)
         metrics = rollout_metrics(sampled.trees, sampled.ledger)
         if sampled.trees:
             metrics |= tree_metrics(sampled.trees) | reward_metrics(sampled.verdicts)

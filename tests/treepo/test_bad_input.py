@@ -166,6 +166,7 @@ def test_weights_cut_short_behind_their_header_are_an_error_of_both_loaders(
         load_policy(str(folder), LearnerSettings())
 
 
+@pytest.mark.long
 def test_a_verifier_that_always_fails_stops_the_run_with_its_error(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("def compute_score(data_source, solution_str, ground_truth):\n    1 / 0\n")
@@ -193,6 +194,12 @@ def test_a_new_run_says_which_unfinished_one_it_does_not_go_on_with(tmp_path):
     assert f"the unfinished {run_of[1].path} has other settings (seed)" in note
     disabled = configure(tmp_path, "seed=2", "resume_mode=disable")
     assert note_of_others(disabled, run_of[2]) == ""
+    longer = configure(tmp_path, "seed=1", "trainer.total_steps=10")
+    third, lock = open_run(longer)
+    lock.release()
+    shutil.rmtree(run_of[2].path)
+    assert f"start with resume_mode={run_of[1].path}" in note_of_others(longer, third)
+    shutil.rmtree(third.path)
     run_of[1].finish({})
     assert note_of_others(config, run_of[2]) == ""
 

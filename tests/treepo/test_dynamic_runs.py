@@ -1,13 +1,10 @@
 """Training with further batches of prompts: it happens, is bounded, and resumes to the same end."""
 
-import json
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_runs import num_rows, run, start, step_trees, wait_for
+from training_runs import assert_same_end, finish, kill_after, run, step_trees
 
 from treepo.tracking import read_rows
 
@@ -76,23 +73,10 @@ def test_steps_sample_further_batches_within_the_bound_and_use_each_prompt_once(
 def test_a_run_with_further_batches_is_resumed_to_the_same_weights(tmp_path):
     settings = overrides(tmp_path, total_steps=6)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = run(whole, *settings)
-    assert done.returncode == 0, done.stderr
-    process = start(cut, *settings)
-    wait_for(lambda: num_rows(cut) > 4, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = run(cut, *settings)
-    assert done.returncode == 0, done.stderr
-    one, other = (
-        json.loads((outputs / "latest" / "summary.json").read_text()) for outputs in (whole, cut)
-    )
-    for name in ("digest", "before", "after", "steps"):
-        assert one[name] == other[name], name
-    names = ("step", "training/num_gen_batches", "training/num_returned_groups", "actor/pg_loss")
-    rows = [read_rows(outputs / "latest" / "metrics.jsonl") for outputs in (whole, cut)]
-    for name in names:
-        assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
-    assert max(row.get("training/num_gen_batches", 0) for row in rows[0]) > 1
-    for step in range(1, 7):
-        assert step_trees(whole / "latest", step) == step_trees(cut / "latest", step)
+    expected = finish(whole, settings)
+    killed = kill_after(cut, settings, steps=4)
+    assert finish(cut, settings) == killed
+    batches = "training/num_gen_batches", "training/num_returned_groups"
+    assert_same_end(expected, killed, *batches)
+    rows = read_rows(expected / "metrics.jsonl")
+    assert max(row.get("training/num_gen_batches", 0) for row in rows) > 1

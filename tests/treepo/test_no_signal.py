@@ -21,6 +21,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
+@pytest.mark.long
 def test_steps_without_any_signal_are_skipped_and_counted(tmp_path):
     file = tmp_path / "always_right.py"
     file.write_text(REWARD)

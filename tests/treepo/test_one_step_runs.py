@@ -3,20 +3,18 @@ used once, and that a run that was killed comes to the same end.
 """
 
 import json
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from training_runs import (
+    assert_same_end,
     documented_metrics,
     finish,
-    num_rows,
-    start,
+    kill_after,
+    run,
     step_trees,
     varied_reward,
-    wait_for,
 )
 
 from treepo.checkpoint import latest_checkpoint
@@ -69,6 +67,38 @@ def test_a_batch_trains_one_update_after_the_weights_that_drew_it(tmp_path):
     assert not (folder / "checkpoints" / "global_step_4" / AHEAD_FILE).exists()
 
 
+BREAKS_DOWN = """
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    with open(FOLDER / "calls", "a") as file:
+        file.write("x")
+        if file.tell() > 40 and not (FOLDER / "repaired").exists():
+            raise RuntimeError("service down")
+    return sum(map(ord, solution_str)) % 10 / 10
+"""
+
+
+@pytest.mark.long
+def test_a_batch_that_a_broken_verifier_left_without_verdicts_is_not_what_a_resumed_run_learns_from(
+    tmp_path,
+):
+    file = tmp_path / "breaks.py"
+    file.write_text(BREAKS_DOWN)
+    words = [*ONE_STEP, *FLAT, "reward=custom", f"reward.parts.custom.name={file}:compute_score"]
+    words += ["trainer.total_steps=5", "trainer.save_freq=1", "trainer.val_before_train=false"]
+    done = run(tmp_path, *words)
+    assert done.returncode == 1 and "service down" in done.stderr, done.stderr
+    broken = (tmp_path / "latest").resolve()
+    assert latest_checkpoint(broken / "checkpoints") is not None, "the case did not arise"
+    (tmp_path / "repaired").touch()
+    assert finish(tmp_path, words) == broken
+    ids = Counter(tree["problem_id"] for step in range(1, 6) for tree in step_trees(broken, step))
+    assert len(ids) == 20 and max(ids.values()) == 1
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -93,22 +123,14 @@ def test_a_killed_run_learns_from_the_batch_that_waited_and_comes_to_the_same_en
     words += ["trainer.save_freq=2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = finish(whole, words)
-    process = start(cut, *words)
-    wait_for(lambda: num_rows(cut) > 3, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    killed = (cut / "latest").resolve()
+    killed = kill_after(cut, words, steps=3)
     newest = latest_checkpoint(killed / "checkpoints")
     files = json.loads((newest / "complete.json").read_text())["files"]
     assert AHEAD_FILE in files, "the case did not arise"
     if "trainer.segments.stop_when_finished=4" in choices:
         assert load_pools((newest / POOLS_FILE).read_bytes()).unfinished, "nothing was cut"
     assert finish(cut, words) == killed
-    one, other = (json.loads((f / "summary.json").read_text()) for f in (expected, killed))
-    for name in ("digest", "before", "after", "steps"):
-        assert one[name] == other[name], name
-    for step in range(1, 8):
-        assert step_trees(expected, step) == step_trees(killed, step), f"trees of step {step}"
+    assert_same_end(expected, killed)
     rows = read_rows(expected / "metrics.jsonl")[1:]
     ages = [row["training/staleness/max"] for row in rows if not row["training/skipped_steps"]]
     cap = 2 if "trainer.segments.max_staleness=2" in choices else 1

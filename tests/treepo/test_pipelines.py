@@ -56,6 +56,10 @@ def test_settings_that_do_not_fit_are_refused_with_what_does(overrides, message)
     [
         (["cluster.colocate=true"], "colocate=True .*pipeline='one_step'.*which needs 2 CPUs"),
         (
+            ["trainer.segments.segment_length=16", "trainer.segments.max_staleness=1"],
+            "max_staleness=1 lets no tree go on .*to 2 or more, or to 0",
+        ),
+        (
             ["trainer.learner.off_policy.correction=none"],
             "old_logprobs='recomputed' .*pipeline='one_step'.*decoupled, tis or icepop",
         ),

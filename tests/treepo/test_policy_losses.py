@@ -120,20 +120,43 @@ def test_reinforce_takes_recomputed_logprobs_for_a_correction_alone():
         configure(*words)
 
 
+ONE_STEP = ["trainer=one_step", "cluster.colocate=false"]
+SEGMENTS = "trainer.segments.segment_length=16"
+
+
 @pytest.mark.parametrize(
-    ("oldest", "words"),
+    ("age", "words", "message"),
     [
-        (0, []),
-        (1, ["trainer=one_step", "cluster.colocate=false"]),
-        (3, ["trainer.segments.segment_length=16", "trainer.segments.max_staleness=3"]),
+        (0, [], "never masks .*'sync' without segments all are 0 updates old. Leave it out$"),
+        (2, [SEGMENTS, "trainer.segments.max_staleness=2"], "never masks .*or set it to 0 to 1$"),
+        (1, ONE_STEP, "never masks .*'one_step' without segments .* 1 updates old. Leave it out$"),
+        (0, ONE_STEP, "masks every token.*1 update old or more. Leave it out$"),
+        (0, [*ONE_STEP, SEGMENTS], "masks every token.*Leave it out, or set it to 1 or more$"),
+        (
+            3,
+            [*ONE_STEP, SEGMENTS, "trainer.segments.max_staleness=3"],
+            "never masks .*max_staleness=3 .*or set it to 1 to 2$",
+        ),
     ],
 )
-def test_a_mask_from_an_age_on_that_no_token_reaches_is_refused(oldest, words):
-    with pytest.raises(ValueError, match=f"mask_older_than={oldest} never masks.*than {oldest} up"):
-        configure(*words, f"{OFF}.mask_older_than={oldest}")
-    if oldest:
-        configure(*words, f"{OFF}.mask_older_than={oldest - 1}")
-    configure("trainer.segments.segment_length=16", f"{OFF}.mask_older_than={oldest}")
+def test_a_mask_of_ages_that_no_token_has_or_that_all_have_is_refused(age, words, message):
+    with pytest.raises(ValueError, match=f"mask_older_than={age} {message}"):
+        configure(*words, f"{OFF}.mask_older_than={age}")
+
+
+@pytest.mark.parametrize(
+    ("age", "words"),
+    [
+        (0, [SEGMENTS]),
+        (9, [SEGMENTS]),
+        (1, [SEGMENTS, "trainer.segments.max_staleness=2"]),
+        (1, [*ONE_STEP, SEGMENTS]),
+        (1, [*ONE_STEP, SEGMENTS, "trainer.segments.max_staleness=2"]),
+    ],
+)
+def test_a_mask_of_ages_that_some_tokens_have_is_taken(age, words):
+    learner = configure(*words, f"{OFF}.mask_older_than={age}").trainer.learner
+    assert learner.off_policy.mask_older_than == age
 
 
 def test_masks_that_do_not_fit_the_algorithm_are_refused():

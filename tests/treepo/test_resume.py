@@ -1,14 +1,11 @@
 """A run killed at any point goes on to the same end as one that was left alone."""
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from training_runs import num_rows, run, start, wait_for
-
-from treepo.tracking import read_rows
+from training_runs import assert_same_end, num_rows, run, start, wait_for
 
 pytestmark = pytest.mark.long
 
@@ -44,15 +41,7 @@ def kill_and_resume(outputs: Path, when, with_signal: int = signal.SIGKILL) -> P
 
 
 def same_end(one: Path, other: Path) -> None:
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
-    for name in ("digest", "before", "after", "steps"):
-        assert summaries[0][name] == summaries[1][name], name
-    rows = [read_rows(run / "metrics.jsonl") for run in (one, other)]
-    for name in ("step", "critic/score/mean", "actor/pg_loss", "rollout/query_tokens"):
-        assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
-    for step in range(1, 7):
-        trees = [(run / "trees" / f"step_{step}.jsonl").read_text() for run in (one, other)]
-        assert trees[0] == trees[1], f"trees of step {step}"
+    assert_same_end(one, other, "rollout/query_tokens")
 
 
 def test_sigkill_after_a_checkpoint_is_resumed_to_the_same_weights(uninterrupted, tmp_path):

@@ -3,20 +3,17 @@ run that is killed while trees are unfinished goes on with them to the same end.
 """
 
 import json
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from training_runs import (
+    assert_same_end,
     documented_metrics,
     finish,
-    num_rows,
-    start,
+    kill_after,
     step_trees,
     varied_reward,
-    wait_for,
 )
 
 from treepo.checkpoint import latest_checkpoint
@@ -102,30 +99,18 @@ def test_a_run_killed_while_trees_are_unfinished_goes_on_with_them_to_the_same_e
     words = settings(tmp_path, *choices, "trainer.total_steps=10")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = finish(whole, words)
-    process = start(cut, *words)
-    wait_for(lambda: num_rows(cut) > 5, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    killed = (cut / "latest").resolve()
+    killed = kill_after(cut, words, steps=5)
     newest = latest_checkpoint(killed / "checkpoints")
     pools = load_pools((newest / POOLS_FILE).read_bytes())
     assert pools.unfinished, "the case did not arise"
     assert POOLS_FILE in json.loads((newest / "complete.json").read_text())["files"]
     assert finish(cut, words) == killed
-    one, other = (json.loads((f / "summary.json").read_text()) for f in (expected, killed))
-    for name in ("digest", "before", "after", "steps"):
-        assert one[name] == other[name], name
-    rows = [read_rows(folder / "metrics.jsonl") for folder in (expected, killed)]
-    names = ("step", "actor/pg_loss", "rollout/num_unfinished", "rollout/num_waiting",
-             "training/staleness/mean", "critic/score/mean")  # fmt: skip
-    for name in names:
-        assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
+    pools = "rollout/num_unfinished", "rollout/num_waiting", "training/staleness/mean"
+    assert_same_end(expected, killed, *pools)
     trained: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     for step in range(1, 11):
-        trees = step_trees(expected, step)
-        assert trees == step_trees(killed, step), f"trees of step {step}"
-        for tree in trees:
+        for tree in step_trees(expected, step):
             parts[tree["nodes"][0]["path_key"]] += 1
             keys = [tree["nodes"][leaf["node"]]["path_key"] for leaf in tree["leaves"]]
             weights = [leaf["weight"] for leaf in tree["leaves"]]

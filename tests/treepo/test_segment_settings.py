@@ -57,6 +57,22 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(settings, message):
         (
             [
                 "trainer.segments.segment_length=16",
+                "trainer.segments.refill=to_target",
+                "trainer.segments.stop_when_finished=9",
+            ],
+            "stop_when_finished=9 ends fewer .*refill='to_target' begins .*refill=keep_in_flight",
+        ),
+        (
+            [
+                "trainer.segments.segment_length=16",
+                "trainer.segments.submit=longest_first",
+                "trainer.segments.stop_when_finished=24",
+            ],
+            "stop_when_finished=24 with .*longest_first.*set .*max_staleness, .*or submit=in_order",
+        ),
+        (
+            [
+                "trainer.segments.segment_length=16",
                 "trainer.segments.refill=keep_in_flight",
                 "trainer.segments.stop_when_finished=48",
             ],

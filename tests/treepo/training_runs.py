@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,27 @@ def finish(outputs: Path, words: list[str]) -> Path:
     done = run(outputs, *words)
     assert done.returncode == 0, done.stderr
     return (outputs / "latest").resolve()
+
+
+def kill_after(outputs: Path, words: list[str], steps: int) -> Path:
+    """Start a run and kill it when it has done more than ``steps``; its folder."""
+    process = start(outputs, *words)
+    wait_for(lambda: num_rows(outputs) > steps, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return (outputs / "latest").resolve()
+
+
+def assert_same_end(one: Path, other: Path, *metrics: str) -> None:
+    """Two finished runs have the same weights, scores, trees and ``metrics`` of all steps."""
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for name in ("digest", "before", "after", "steps"):
+        assert summaries[0][name] == summaries[1][name], name
+    rows = [read_rows(run / "metrics.jsonl") for run in (one, other)]
+    for name in ("step", "actor/pg_loss", "critic/score/mean", *metrics):
+        assert [r.get(name) for r in rows[0]] == [r.get(name) for r in rows[1]], name
+    for step in range(1, summaries[0]["steps"] + 1):
+        assert step_trees(one, step) == step_trees(other, step), f"trees of step {step}"
 
 
 def varied_reward(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Set
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 _LARGEST = 1 << 31  # integers must be smaller in size: they become int32 tensors
@@ -26,18 +27,21 @@ def check_types(record: Any, owner: str) -> None:
     Raises:
         ValueError: naming field and value.
     """
-    for field in fields(record):
-        kind = _KINDS.get(str(field.type))
-        if kind is None:
-            continue
-        words, convert = kind
-        value = getattr(record, field.name)
+    for field, words, convert in _checks(record.__class__):
+        value = getattr(record, field)
         try:
             found = convert(value)
         except (TypeError, ValueError, OverflowError) as error:
-            name = f"{owner}{field.name}" if owner.endswith(".") else f"{owner} {field.name}"
+            name = f"{owner}{field}" if owner.endswith(".") else f"{owner} {field}"
             raise ValueError(f"{name}={value!r}: it must be {words}") from error
-        object.__setattr__(record, field.name, found)
+        object.__setattr__(record, field, found)
+
+
+@cache
+def _checks(kind: type) -> list[tuple[str, str, Callable[[Any], Any]]]:
+    """Fields of a dataclass that are checked: name, what is allowed in words, conversion."""
+    kinds = ((field.name, _KINDS.get(str(field.type))) for field in fields(kind))
+    return [(name, *found) for name, found in kinds if found is not None]
 
 
 def as_int(value: Any) -> int:
