@@ -70,8 +70,8 @@ def read_curve(run: Path, metric: str, of_steps: Sequence[str] = ()) -> Curve:
         for name, (logged, _) in COSTS.items():
             totals[name] += row.get(logged) or 0.0
         for name in of_steps:
-            for cost in COSTS:
-                if row.get(name) is not None:
+            if row.get(name) is not None:
+                for cost in COSTS:
                     steps.setdefault((name, cost), []).append((totals[cost], row[name]))
         if row.get(metric) is not None:
             accuracy.append(row[metric])
@@ -167,10 +167,12 @@ def draw(
     costs_shown: Sequence[str] = DEFAULT_COSTS,
 ) -> None:
     """A column a cost, a row the held-out accuracy and each metric of the steps; a line is the mean
-    over seeds, its band their range.
+    over seeds, its band their range. Nothing, where there is no row.
     """
     rows = [title] if _have_lines(curves) else []
     rows += dict.fromkeys(metric for metric, _ in next(iter(curves.values()))[0].steps)
+    if not rows:
+        return
     size = 4.8 * len(costs_shown), 3.8 * len(rows)
     figure, panels = plt.subplots(
         len(rows), len(costs_shown), figsize=size, sharex="col", sharey="row", squeeze=False
@@ -224,7 +226,13 @@ def main() -> None:
     parser.add_argument("--metric", default="val-core/held_out/mean@8")
     parser.add_argument("--title", default="held-out accuracy (sampled)")
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=DEFAULT_COSTS)
-    parser.add_argument("--steps", nargs="+", default=[], metavar="METRIC", help="see above")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        help="of every step, a row of panels each",
+    )
     parser.add_argument("--output", type=Path, required=True, help="path without ending")
     arguments = parser.parse_args()
     curves: dict[str, list[Curve]] = {}

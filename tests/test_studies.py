@@ -110,6 +110,9 @@ def test_metrics_of_steps_are_drawn_below_the_accuracy_against_every_cost(tmp_pa
     compare_learning.draw({"both": only_end}, "acc", tmp_path / "picture.png", ["trained"])
     height, width, _ = plt.imread(tmp_path / "picture.png").shape
     assert width > height, "one row: the accuracy has no line"
+    without_steps = [replace(curve, steps={}) for curve in only_end]
+    compare_learning.draw({"both": without_steps}, "acc", tmp_path / "none.png", ["trained"])
+    assert not (tmp_path / "none.png").exists()
     text = compare_learning.table({"both": only_end}, ["trained"])
     assert text.startswith("| variant | seeds | at the end | trained tokens |")
     with pytest.raises(ValueError, match="no metric 'other'"):

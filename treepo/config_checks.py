@@ -128,28 +128,22 @@ def check_ages(config: TrainConfig) -> None:
     Raises:
         ValueError: tokens are to be masked from an age on that none reaches, or that all have.
     """
-    most_kept = config.trainer.learner.off_policy.mask_older_than
-    if most_kept is None:
-        return
+    age = config.trainer.learner.off_policy.mask_older_than
     segments, pipeline = config.trainer.segments, config.trainer.pipeline
     youngest = int(pipeline == "one_step")  # updates between a token and its training
-    oldest = segments.max_staleness if segments.is_on else youngest  # 0: no number bounds it
-    is_bounded = bool(oldest) or not segments.is_on
-    if youngest <= most_kept and not (is_bounded and most_kept >= oldest):
+    oldest = (segments.max_staleness or None) if segments.is_on else youngest  # None: no bound
+    if age is None or (youngest <= age and (oldest is None or age < oldest)):
         return
-    why = f"trainer.pipeline={pipeline!r}" + ("" if segments.is_on else " without segments")
-    if most_kept < youngest:
-        what = f"masks every token: with {why} all are {youngest} update old or more"
-    elif segments.is_on:
-        what = f"never masks a token: trainer.segments.max_staleness={oldest} is the oldest's age"
-    else:
-        what = f"never masks a token: with {why} all are {oldest} updates old"
-    fits = [str(age) for age in (youngest, oldest - 1) if youngest <= age < oldest]
-    mend = f", or set it to {' to '.join(dict.fromkeys(fits))}" if fits else ""
-    if not is_bounded:
-        mend = f", or set it to {youngest} or more"
+    effect = "masks every token" if age < youngest else "never masks a token"
+    ages, mend = f"{youngest} or more", f", or set it to {youngest} or more"
+    if oldest is not None:
+        ages = f"{youngest} to {oldest}"
+        mend = f", or set it to {youngest} to {oldest - 1}" if youngest < oldest else ""
     raise ValueError(
-        f"trainer.learner.off_policy.mask_older_than={most_kept} {what}. Leave it out{mend}"
+        f"trainer.learner.off_policy.mask_older_than={age} {effect}, as with trainer.pipeline="
+        f"{pipeline!r}, trainer.segments.segment_length={segments.segment_length} and "
+        f"max_staleness={segments.max_staleness} they are {ages} updates old when they train: "
+        f"leave it out{mend}"
     )
 
 

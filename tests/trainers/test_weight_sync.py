@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from trainers.weight_sync import WeightSyncError, check_digests, check_probes, prepare
 from treepo.base.digest import manifest_of, tensor_digests
 
+FLOAT32 = ("float32", "float32")  # engines and learner
+
 
 def sent_weights(dtype="float32", tied=True):
     model = tiny_model("qwen3", tie_word_embeddings=tied)
@@ -85,18 +87,14 @@ def test_a_missing_an_extra_and_a_reordered_tensor_are_caught():
 def test_probes_return_the_largest_gap_and_refuse_more_than_rounding():
     reference = [np.array([-1.0, -2.0]), np.array([-3.0])]
     close = [np.array([-1.0, -2.00001]), np.array([-3.0])]
-    assert check_probes(reference, {"engine 0": close}, ("float32", "float32")) == pytest.approx(
-        1e-5
-    )
+    assert check_probes(reference, {"engine 0": close}, FLOAT32) == pytest.approx(1e-5)
     far = [np.array([-1.0, -2.0]), np.array([-3.1])]
     with pytest.raises(WeightSyncError, match="engine 1 .* token 1 of golden sequence 1"):
-        check_probes(reference, {"engine 0": close, "engine 1": far}, ("float32", "float32"))
+        check_probes(reference, {"engine 0": close, "engine 1": far}, FLOAT32)
     with pytest.raises(WeightSyncError, match="nan apart"):
-        check_probes(
-            reference, {"engine 0": [close[0], np.array([np.nan])]}, ("float32", "float32")
-        )
+        check_probes(reference, {"engine 0": [close[0], np.array([np.nan])]}, FLOAT32)
     with pytest.raises(WeightSyncError, match="other golden sequences"):
-        check_probes(reference, {"engine 0": close[:1]}, ("float32", "float32"))
+        check_probes(reference, {"engine 0": close[:1]}, FLOAT32)
 
 
 def test_probes_allow_what_the_coarser_of_two_dtypes_rounds_away():

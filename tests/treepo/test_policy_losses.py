@@ -127,11 +127,23 @@ SEGMENTS = "trainer.segments.segment_length=16"
 @pytest.mark.parametrize(
     ("age", "words", "message"),
     [
-        (0, [], "never masks .*'sync' without segments all are 0 updates old. Leave it out$"),
-        (2, [SEGMENTS, "trainer.segments.max_staleness=2"], "never masks .*or set it to 0 to 1$"),
-        (1, ONE_STEP, "never masks .*'one_step' without segments .* 1 updates old. Leave it out$"),
-        (0, ONE_STEP, "masks every token.*1 update old or more. Leave it out$"),
-        (0, [*ONE_STEP, SEGMENTS], "masks every token.*Leave it out, or set it to 1 or more$"),
+        (
+            0,
+            [],
+            "never masks .*'sync', .*segment_length=0 .* are 0 to 0 updates old .*: leave it out$",
+        ),
+        (
+            2,
+            [SEGMENTS, "trainer.segments.max_staleness=2"],
+            "never masks .* are 0 to 2 updates .*or set it to 0 to 1$",
+        ),
+        (1, ONE_STEP, "never masks .*'one_step', .* are 1 to 1 updates old .*: leave it out$"),
+        (0, ONE_STEP, "masks every token.* 1 to 1 updates old .*: leave it out$"),
+        (
+            0,
+            [*ONE_STEP, SEGMENTS],
+            "masks every token.* 1 or more updates .*leave it out, or set it to 1 or more$",
+        ),
         (
             3,
             [*ONE_STEP, SEGMENTS, "trainer.segments.max_staleness=3"],
