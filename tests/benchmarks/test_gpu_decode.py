@@ -45,6 +45,7 @@ def test_a_models_costs_are_those_of_its_shape():
     assert costs.attention_flops == 4 * 4 * 16 * 2
 
 
+@pytest.mark.long
 def test_the_benchmark_runs_on_a_cpu_and_forwards_what_the_bound_counts(tmp_path, capsys):
     path = tmp_path / "found.json"
     arguments = ["--quick", "--device", "cpu", "--shapes", "tiny", "--json", str(path)]

@@ -103,6 +103,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path):
         train(configure(tmp_path, "data.source=file", f"data.files=[{rows}]"))
 
 
+@pytest.mark.long
 def test_a_model_that_the_load_probe_refuses_is_one_clear_error(tmp_path, tiny_model_path):
     from transformers import MambaConfig, MambaForCausalLM
 
