@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,16 @@ def newest_pools(folder: Path) -> tuple[Pools, DataPosition]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     position = DataPosition.of(read_state(checkpoint).data_position)
     return load_pools((checkpoint / POOLS_FILE).read_bytes()), position
+
+
+def lose_checkpoints_without_unfinished_work(folder: Path) -> None:
+    """Remove the newest checkpoints up to one that holds trees cut off in the middle.
+
+    What is unfinished when a checkpoint is written is a matter of time here; in about one of four
+    it is nothing.
+    """
+    while not any(isinstance(entry.work, Growth) for entry in newest_pools(folder)[0].unfinished):
+        shutil.rmtree(latest_checkpoint(folder / "checkpoints"))
 
 
 def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> None:
@@ -131,8 +142,8 @@ def test_prompts_without_a_signal_are_not_sampled_for_ever(tmp_path):
 )
 def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
     words = settings(
-        tmp_path, *choices, "data.size=16", "trainer.total_steps=14", "trainer.save_freq=2",
-        "trainer.test_freq=5", "trainer.keep_checkpoints=9",
+        tmp_path, *choices, "data.size=16", "trainer.total_steps=14", "trainer.save_freq=1",
+        "trainer.test_freq=5", "trainer.keep_checkpoints=14",
     )  # fmt: skip
     process = start(tmp_path, *words)
     wait_for(lambda: num_rows(tmp_path) > 7, process)
@@ -142,8 +153,7 @@ def test_a_killed_run_goes_on_and_uses_each_prompt_once(tmp_path, choices):
     if asked:
         assert process.returncode == 130 and "goes on from the last checkpoint" in errors, errors
     killed = (tmp_path / "latest").resolve()
-    pools, _ = newest_pools(killed)
-    assert any(isinstance(e.work, Growth) for e in pools.unfinished), "the case did not arise"
+    lose_checkpoints_without_unfinished_work(killed)
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "latest").resolve() == killed
