@@ -93,7 +93,14 @@ def to_config(composed: DictConfig | ListConfig) -> Any:
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+        raise ValueError(_of_a_missing_value(str(error.__cause__ or error))) from error
+
+
+def _of_a_missing_value(message: str) -> str:
+    """OmegaConf's words, of a value that must be given those of this command line."""
+    _, found, key = message.partition("missing mandatory value: ")
+    key = key.partition("\n")[0]
+    return f"{key} is missing: give it as {key}=..., or see --help" if found else message
 
 
 def _refuse_unknown_keys(node: Any, where: str) -> None:

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from training_runs import SMALL, run
 
 from treepo.checkpoint import RunState, save_checkpoint
+from treepo.clean import CleanConfig
 from treepo.cli import compose
 from treepo.config import TrainConfig
 from treepo.loop import note_of_others, open_run, train
 from treepo.names import check_names
 from treepo.sizes import derived_sizes
+from treepo.train import main, work
 
 
 def configure(tmp_path, *overrides: str) -> TrainConfig:
@@ -94,6 +97,23 @@ def test_what_shows_only_when_a_run_is_opened_stops_it_before_any_work(
     with pytest.raises(ValueError, match=message):
         train(configure(tmp_path, *overrides))
     assert not (tmp_path / "latest").exists()  # no run was begun
+
+
+def test_a_dry_run_looks_at_the_run_that_it_would_resume(tmp_path):
+    with pytest.raises(ValueError, match="neither auto nor disable, nor a run's folder"):
+        work(configure(tmp_path, "resume_mode=nowhere"), True)
+
+
+def test_a_command_without_a_word_trains_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "begin with +experiment=quickstart" in capsys.readouterr().err
+
+
+def test_a_value_that_must_be_given_is_named_in_the_words_of_the_command_line():
+    with pytest.raises(ValueError, match="^output is missing: give it as output=.*--help$"):
+        compose("clean", CleanConfig, [])
 
 
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path):
