@@ -1,6 +1,7 @@
 """What a user can get wrong is one clear error before any work."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -9,7 +10,7 @@ from training_runs import SMALL, run
 
 from treepo.checkpoint import RunState, save_checkpoint
 from treepo.clean import CleanConfig
-from treepo.cli import compose
+from treepo.cli import compose, config_dir
 from treepo.config import TrainConfig
 from treepo.loop import note_of_others, open_run, train
 from treepo.names import check_names
@@ -70,6 +71,27 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, messa
         config = configure(tmp_path, override)
         check_names(config)
         derived_sizes(config)
+
+
+def names_of_the_help() -> dict[str, set[str]]:
+    """By key, the names that ``--help`` says it may have."""
+    text = (config_dir() / "train.yaml").read_text()
+    listed = text.split("Names that a key may have")[1].split("\n\n")[0].splitlines()[1:]
+    found: dict[str, set[str]] = {}
+    for line in listed:
+        if ":" in line:
+            key, _, line = line.partition(":")
+        found.setdefault(key.strip(), set()).update(n.strip() for n in line.split(",") if n.strip())
+    return found
+
+
+@pytest.mark.parametrize(("key", "names"), names_of_the_help().items())
+def test_the_help_lists_the_names_that_the_checks_know(tmp_path, key, names):
+    with pytest.raises(ValueError, match="Known: |one of |must be ") as error:
+        check_names(configure(tmp_path, f"{key}=zzz"))
+    known = re.search(r"(?:Known: |must be (?:one of )?|one of )([\w, ]+)", str(error.value))[1]
+    known = {name for name in re.split(r", | or ", known)} - {"nll"}  # supervised training alone
+    assert known == names
 
 
 def test_a_layer_that_the_model_lacks_is_named_before_the_model_is_loaded(tmp_path):
