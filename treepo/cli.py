@@ -98,9 +98,10 @@ def to_config(composed: DictConfig | ListConfig) -> Any:
 
 def _of_a_missing_value(message: str) -> str:
     """OmegaConf's words, of a value that must be given those of this command line."""
-    _, found, key = message.partition("missing mandatory value: ")
-    key = key.partition("\n")[0]
-    return f"{key} is missing: give it as {key}=..., or see --help" if found else message
+    if "missing mandatory value" not in message:
+        return message
+    key = message.partition("full_key: ")[2].partition("\n")[0]
+    return f"{key} is missing: give it as {key}=..., or see --help"
 
 
 def _refuse_unknown_keys(node: Any, where: str) -> None:

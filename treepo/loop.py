@@ -173,7 +173,7 @@ def train_session(session: Session) -> dict[str, Any]:
         after = session.evaluate()
     if left := len(session.pools.problems):
         session.progress.say(
-            f"{left} prompts were begun and are in no update: unfinished or waiting"
+            f"{left} prompts are left in the pools, unfinished or waiting to train"
         )
     session.export()
     return session.summary(after.scores)

@@ -56,9 +56,10 @@ def _at_most(config: TrainConfig) -> str:
 def _one_step(config: TrainConfig) -> dict[str, str]:
     if config.trainer.pipeline != "one_step":
         return {}
+    counted = ", which the cap counts too" if config.trainer.segments.max_staleness else ""
     return {
         "sampling and learning": "a step apart: the next batch is drawn while an update is made, "
-        "so its tokens are a version of the weights older when they train"
+        f"so its tokens are a version of the weights older when they train{counted}"
     }
 
 
@@ -127,7 +128,8 @@ def _memory(config: TrainConfig) -> dict[str, str]:
 
 
 def _adapters(parameters: int, lr: float) -> str:
-    return f"{parameters:,} parameters, learning rate {lr:g} (full training's is too low for them)"
+    hint = "they need about ten times full training's"
+    return f"{parameters:,} parameters, learning rate {lr:g} ({hint})"
 
 
 def _engine_weights(config: TrainConfig, size: float) -> str:

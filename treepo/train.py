@@ -32,9 +32,9 @@ def work(config: TrainConfig, dry_run: bool) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 1:
+    if {*sys.argv[1:]} <= {"-m", "--multirun", "--dry-run"}:
         nothing = "nothing was chosen to train: begin with +experiment=quickstart"
-        fail(ValueError(f"{nothing}; python -m treepo.train --help lists the others"), code=2)
+        fail(ValueError(f"{nothing}; python -m treepo.train --help lists the experiments"), code=2)
     run_command("train", TrainConfig, work)
 
 

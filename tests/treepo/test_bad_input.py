@@ -126,8 +126,9 @@ def test_a_dry_run_looks_at_the_run_that_it_would_resume(tmp_path):
         work(configure(tmp_path, "resume_mode=nowhere"), True)
 
 
-def test_a_command_without_a_word_trains_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train"])
+@pytest.mark.parametrize("flags", [[], ["-m"], ["--dry-run"]])
+def test_a_command_without_arguments_is_refused(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "begin with +experiment=quickstart" in capsys.readouterr().err

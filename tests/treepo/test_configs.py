@@ -81,7 +81,7 @@ def test_the_sizes_are_those_worked_out_by_hand():
     lora = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart", *overrides]))
     # q, k and v, o, gate and up, down of 3 layers of width 96, 4 and 2 heads of 32, MLP of 256
     adapters = 2 * 3 * (96 + 128 + 2 * (96 + 64) + 128 + 96 + 2 * (96 + 256) + 256 + 96)
-    assert lora["adapters"].startswith(f"{adapters:,} parameters, learning rate 0.0003 ")
+    assert lora["adapters"].startswith(f"{adapters:,} parameters, learning rate 0.0003 (")
     memory = f"{(358_752 * 4 + adapters * 16) / 2**20:.1f} MiB (frozen weights"
     assert lora["learner memory"].startswith(memory)
     assert lora["reference model"] == "none: the model without its adapters"
