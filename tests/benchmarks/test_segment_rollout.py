@@ -48,14 +48,6 @@ def test_segments_decode_the_same_responses_in_fewer_iterations_and_more_rows(ru
     assert whole.num_steps <= cut.num_steps <= whole.num_steps + 3
 
 
-def test_fewer_prompts_a_step_are_the_same_responses_in_more_steps(runner):
-    few = WORK.begun_by(1)
-    assert (few.slots, few.steps_per_epoch) == (4, 6)
-    served = Runner(few, few.slots).run(Variant(num_segments=4, load="few"), few.prompts())
-    assert served.lengths == runner.run(Variant(num_segments=1), WORK.prompts()).lengths
-    assert 12 <= served.num_steps <= 15
-
-
 def test_lengths_are_lognormal_and_of_the_prompt_as_much_as_of_the_response():
     work = Workload(
         prompts_per_step=1, steps_per_epoch=1, epochs=1, n=1, mean_length=1000, cap=10**9
