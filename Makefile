@@ -47,7 +47,7 @@ test: $(STAMP)  ## Run the tests (some minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-long: $(STAMP)  ## Run the long tests: learning, chaos, fuzz (up to an hour)
-	$(BIN)/python -m pytest -m long --timeout 1800 $(ARGS)
+	$(BIN)/python -m pytest -m long --timeout 1800 -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	$(BIN)/ruff check .

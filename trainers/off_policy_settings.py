@@ -21,7 +21,7 @@ class AlarmSettings:
     """
 
     # nats: training/rollout_kl, the mean of sampled minus learner's log-prob. Seen of quickstarts
-    # in float32: 7e-8 on-policy, 0.008 with tokens up to 4 updates old; 1: other weights
+    # in float32: 7e-8 on-policy, 0.008 with tokens up to 4 versions old; 1: other weights
     max_kl: float = 1.0
     # in [0, 1]: training/rollout_is_eff_sample_size; verl warns below 0.3
     min_eff_sample_size: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainers.off_policy_settings import AlarmSettings
 
@@ -51,9 +52,9 @@ _ALARMS = {
 }
 
 
-def alarm_of(metrics: Mapping[str, float], alarms: AlarmSettings, step: int) -> str:
+def alarm_of(metrics: Mapping[str, float], alarms: AlarmSettings, step: int, run: Path) -> str:
     """Why the run has to stop before the step's weights are published: a value that is beyond its
-    threshold or no number, both, and what to do. Empty if it need not.
+    threshold or no number, both, and what to do. Empty if it need not. ``run``: its folder.
     """
     for name, alarm in _ALARMS.items():
         threshold, value = getattr(alarms, name), metrics.get(alarm.metric)
@@ -66,7 +67,7 @@ def alarm_of(metrics: Mapping[str, float], alarms: AlarmSettings, step: int) -> 
                 f"step {step}: {alarm.metric}={value:.4g} is {side} "
                 f"trainer.learner.off_policy.alarms.{name}={threshold:g}: {alarm.meaning}. The "
                 "update is not published, and the last checkpoint stands. To mend it: "
-                f"{alarm.mend}. To go on as it is: resume the run (resume_mode=its folder) with "
+                f"{alarm.mend}. To go on as it is: resume the run (resume_mode={run}) with "
                 "another threshold (0: no alarm)"
             )
     return ""

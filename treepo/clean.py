@@ -114,7 +114,7 @@ def print_counts(counts: dict[str, Any]) -> None:
     console.print(table)
     words = {
         "read": "read",
-        "kept": "left as they were",
+        "unchanged": "left as they were",
         "changed": "changed",
         "dropped": "dropped",
         "not_chosen": "not chosen",

@@ -93,7 +93,15 @@ def to_config(composed: DictConfig | ListConfig) -> Any:
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+        raise ValueError(_of_a_missing_value(str(error.__cause__ or error))) from error
+
+
+def _of_a_missing_value(message: str) -> str:
+    """OmegaConf's words, of a value that must be given those of this command line."""
+    if "missing mandatory value" not in message:
+        return message
+    key = message.partition("full_key: ")[2].partition("\n")[0]
+    return f"{key} is missing: give it as {key}=..., or see --help"
 
 
 def _refuse_unknown_keys(node: Any, where: str) -> None:

@@ -215,14 +215,15 @@ class TrainConfig:
         checks.check_masks(self.algorithm, self.trainer.learner)
         checks.check_forks(self.algorithm, name, strategy)
         checks.check_segments(self, strategy)
-        check_pipeline(self)
+        check_pipeline(self, strategy.max_response_length)
         checks.check_ages(self)
         updates = updates_per_step(self) * self.trainer.total_steps
         warmup = self.trainer.learner.optimizer.lr_warmup_steps
         if warmup >= updates:
             raise ValueError(
                 f"trainer.learner.optimizer.lr_warmup_steps={warmup} is not less than the run's "
-                f"{updates} updates: lower it, or raise trainer.total_steps"
+                f"{updates} updates: lower it (trainer.learner.optimizer.lr_warmup_steps=0), or "
+                "raise trainer.total_steps"
             )
 
 

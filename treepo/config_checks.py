@@ -142,7 +142,7 @@ def check_ages(config: TrainConfig) -> None:
     raise ValueError(
         f"trainer.learner.off_policy.mask_older_than={age} {effect}, as with trainer.pipeline="
         f"{pipeline!r}, trainer.segments.segment_length={segments.segment_length} and "
-        f"max_staleness={segments.max_staleness} they are {ages} updates old when they train: "
+        f"max_staleness={segments.max_staleness} they are {ages} versions old when they train: "
         f"leave it out{mend}"
     )
 

@@ -86,24 +86,7 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
     if config.resume_mode == "disable":
         return begin_run(outputs, config.experiment_name, text)
     if config.resume_mode != "auto":
-        run = RunFolder(path=Path(config.resume_mode).resolve())
-        if not run.config_file.is_file():
-            raise ValueError(
-                f"resume_mode={config.resume_mode!r}: neither auto nor disable, nor a run's folder "
-                "(one with config.yaml in it)"
-            )
-        if run.is_finished:
-            raise ValueError(
-                f"run {run.path} is finished. To train its model further start a new run with "
-                f"model.path={run.export}"
-            )
-        saved = run.config_file.read_text()
-        if differing := [k for k in differing_keys(saved, text) if k not in MAY_CHANGE]:
-            raise ValueError(
-                f"run {run.path} was begun with other settings: {', '.join(differing)}. Give it "
-                f"those in its config.yaml (only {', '.join(MAY_CHANGE)} may change), or begin "
-                "a new run with resume_mode=disable"
-            )
+        run = named_run(config)
         return run, run.lock()
     same = claim_unfinished_run(
         outputs, config.experiment_name, accepts=lambda run: run.config_file.read_text() == text
@@ -112,6 +95,33 @@ def open_run(config: TrainConfig) -> tuple[RunFolder, RunLock]:
         return begin_run(outputs, config.experiment_name, text)
     point_latest_at(outputs, same[0])
     return same
+
+
+def named_run(config: TrainConfig) -> RunFolder:
+    """The run whose folder ``resume_mode`` is.
+
+    Raises:
+        ValueError: it holds no run, a finished one, or one that was begun with other settings.
+    """
+    run = RunFolder(path=Path(config.resume_mode).resolve())
+    if not run.config_file.is_file():
+        raise ValueError(
+            f"resume_mode={config.resume_mode!r}: neither auto nor disable, nor a run's folder "
+            "(one with config.yaml in it)"
+        )
+    if run.is_finished:
+        raise ValueError(
+            f"run {run.path} is finished. To train its model further start a new run with "
+            f"model.path={run.export}"
+        )
+    saved = run.config_file.read_text()
+    if differing := [k for k in differing_keys(saved, to_yaml(config)) if k not in MAY_CHANGE]:
+        raise ValueError(
+            f"run {run.path} was begun with other settings: {', '.join(differing)}. Give it "
+            f"those in its config.yaml (only {', '.join(MAY_CHANGE)} may change), or begin "
+            "a new run with resume_mode=disable"
+        )
+    return run
 
 
 def note_of_others(config: TrainConfig, run: RunFolder) -> str:
@@ -149,6 +159,7 @@ def train_session(session: Session) -> dict[str, Any]:
         session.tracker.log(0, before.metrics)
         session.state = replace(session.state, before=before.scores)
     after: Evaluation | None = None
+    session.progress.begin_steps()
     while session.state.step < trainer.total_steps:
         metrics = session.step()
         step, is_last = session.state.step, session.state.step == trainer.total_steps
@@ -160,5 +171,9 @@ def train_session(session: Session) -> dict[str, Any]:
             session.save()
     if after is None:  # resumed from the last step's checkpoint
         after = session.evaluate()
+    if left := len(session.pools.problems):
+        session.progress.say(
+            f"{left} prompts are left in the pools, unfinished or waiting to train"
+        )
     session.export()
     return session.summary(after.scores)

@@ -2,7 +2,7 @@
 step's batch under the weights from before it.
 
 A step learns from the batch that is there, draws the next one meanwhile, and publishes the new
-weights when both are done. So from the second step on every token is one update old when it trains
+weights when both are done. So from the second step on every token is one version old when it trains
 (0 after a step that made none; trees in segments as much older as in the synchronous pipeline), and
 a run is as reproducible as a synchronous one: which weights draw what does not depend on who is
 faster. The batch that waits is a part of the checkpoint. The last step draws none; a run that is

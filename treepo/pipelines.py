@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 PIPELINES = ("sync", "one_step", "async")
 
 
-def check_pipeline(config: TrainConfig) -> None:
+def check_pipeline(config: TrainConfig, max_response_length: int) -> None:
     """
+    Args:
+        max_response_length: of the rollout, in tokens.
+
     Raises:
         ValueError: no such pipeline, or settings that do not fit it; says which do.
     """
@@ -29,7 +32,7 @@ def check_pipeline(config: TrainConfig) -> None:
     if config.trainer.pipeline == "sync":
         return
     if config.trainer.pipeline == "async":
-        _check_segments(config)
+        _check_segments(config, max_response_length)
         _check_transport(config)
     else:
         _check_one_step(config)
@@ -45,10 +48,10 @@ def num_in_flight(trainer: TrainerConfig) -> int:
     return min(segments.in_flight(size), (segments.max_staleness + 1) * size)
 
 
-def _check_segments(config: TrainConfig) -> None:
+def _check_segments(config: TrainConfig, max_response_length: int) -> None:
     segments = config.trainer.segments
     needs = (
-        ("segment_length", segments.segment_length > 0, "256, say",
+        ("segment_length", segments.segment_length > 0, f"{max(1, max_response_length // 4)}, say",
          "workers grow trees by a segment and load newer weights between two"),
         ("max_staleness", segments.max_staleness > 0, "2, say",
          "it bounds how far sampling runs ahead of the learner"),
@@ -66,7 +69,7 @@ def _check_segments(config: TrainConfig) -> None:
             raise ValueError(
                 f"trainer.segments.{name}={getattr(segments, name)!r} does not go with "
                 f"trainer.pipeline='async': {why}. Set trainer.segments.{name}={better} "
-                "(trainer=async sets all that it needs), or trainer.pipeline=sync"
+                "(trainer=async sets all of trainer.* that it needs), or trainer.pipeline=sync"
             )
 
 
@@ -74,7 +77,7 @@ def _check_one_step(config: TrainConfig) -> None:
     if config.trainer.segments.max_staleness == 1:
         raise ValueError(
             "trainer.segments.max_staleness=1 lets no tree go on in a second step with "
-            "trainer.pipeline='one_step', where every token is one update old when it trains: set "
+            "trainer.pipeline='one_step', where every token is one version old when it trains: set "
             "it to 2 or more, or to 0 for no cap"
         )
 
@@ -87,8 +90,7 @@ def _check_processes(config: TrainConfig) -> None:
             "cluster.colocate=True has sampler and learner take turns on the same processors, and "
             f"with trainer.pipeline={config.trainer.pipeline!r} both work at once: set "
             f"cluster.colocate=false, which needs {cpus:g} CPUs and {gpus:g} GPUs with these "
-            "numbers of workers and ranks, or "
-            "trainer.pipeline=sync"
+            "numbers of workers and ranks, or trainer.pipeline=sync"
         )
 
 

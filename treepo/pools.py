@@ -6,7 +6,7 @@ weights of then. Each update trains on the experience pool. The rules that the p
 named settings (``treepo/segment_settings.py``). Everything here is a frozen record or a pure
 function; ``treepo/segmented.py`` puts them together.
 
-The *staleness* of a tree is the number of updates since its oldest weights: its prompt was begun
+The *staleness* of a tree is the number of versions since its oldest weights: its prompt was begun
 under policy version o, so under version v it is v - o. It is what ``max_staleness`` caps.
 """
 

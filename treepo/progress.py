@@ -85,6 +85,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def begin_steps(self) -> None:
+        """The next step begins now: what went before is not taken for its time."""
+        self._last = self._clock()
+
     def stage(self, name: str) -> None:
         """Say what is being done now."""
         is_new, self._stage = name != self._stage, name
@@ -204,6 +208,24 @@ def show_summary(
             and settings. Empty: none is suggested.
     """
     console = console or Console()
+    if before or after:
+        console.print(_accuracies(before, after, seconds))
+    else:
+        console.print(
+            f"Done after {clock_time(seconds)}; there were no held-out problems to score."
+        )
+    lines = [f"Run          {run}"]
+    if export is not None:
+        lines.append(f"Model        {export}  (loads with transformers' from_pretrained)")
+    lines.append(f"Look deeper  python -m treepo.report run={run}")
+    if overrides and after:
+        words = shlex.join([f"checkpoint={export or run}", *overrides])
+        lines.append(f"Try again    python -m treepo.evaluate {words}")
+    for text in lines:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _accuracies(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> Table:
     table = Table(title=f"Held-out accuracy, after {clock_time(seconds)}", title_justify="left")
     table.add_column("")
     for name in ("before", "after", "change"):
@@ -217,16 +239,7 @@ def show_summary(
             Text(f"{new:.3f}" if known[1] else "–", style="bold"),
             f"{new - old:+.3f}" if all(known) else "",
         )
-    console.print(table)
-    lines = [f"Run          {run}"]
-    if export is not None:
-        lines.append(f"Model        {export}  (loads with transformers' from_pretrained)")
-    lines.append(f"Look deeper  python -m treepo.report run={run}")
-    if overrides and after:
-        words = shlex.join([f"checkpoint={export or run}", *overrides])
-        lines.append(f"Try again    python -m treepo.evaluate {words}")
-    for text in lines:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return table
 
 
 def quiet_libraries() -> None:

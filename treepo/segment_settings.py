@@ -43,7 +43,9 @@ class SegmentSettings:
     # what an update takes from the experience pool: 'all', or 'full_batch':
     # trainer.train_batch_size groups, the oldest first, and none before so many are there
     train_on: str = "all"
-    max_staleness: int = 0  # most updates between a token and its training; 0: no cap
+    # most new versions of the weights (one a step that made an update) between a token and its
+    # training; 0: no cap
+    max_staleness: int = 0
     # what happens to a prompt that would exceed it: 'finish': the step grows its tree to the end,
     # or trains on it at once; 'drop': it is given up and begun anew
     on_stale: str = "finish"

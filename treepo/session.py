@@ -237,7 +237,7 @@ class Session:
             RunFailed: an alarm on the mismatch of sampler and learner.
         """
         trainer = self.config.trainer
-        if alarm := alarm_of(metrics, trainer.learner.off_policy.alarms, step):
+        if alarm := alarm_of(metrics, trainer.learner.off_policy.alarms, step, self.run.path):
             self.tracker.log(step, metrics)  # the row that shows it
             raise RunFailed(alarm)
         self.state = replace(self.state, policy_version=self.state.policy_version + 1)

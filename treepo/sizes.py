@@ -24,10 +24,11 @@ def derived_sizes(config: TrainConfig) -> dict[str, str]:
         "responses a step": f"{leaves} = {trainer.train_batch_size} prompts x {strategy.n}",
         "updates a step": f"{updates} of {trainer.ppo_mini_batch_size} prompts each"
         + (", more or fewer as they end" if takes_what_ended else ""),
-        "updates in all": str(updates * trainer.total_steps),
+        "updates in all": _at_most(config) + str(updates * trainer.total_steps),
         "prompts in all": str(trainer.train_batch_size * trainer.total_steps),
         **_dynamic_sampling(config),
         **_segments(config, strategy.max_response_length),
+        **_one_step(config),
         "longest path": f"{config.max_prompt_length + strategy.max_response_length} tokens",
     }
     sizes.update(_memory(config))
@@ -44,6 +45,24 @@ def _dynamic_sampling(config: TrainConfig) -> dict[str, str]:
     return {"dynamic sampling": f"up to {most} batches, {prompts} prompts a step"}
 
 
+def _at_most(config: TrainConfig) -> str:
+    """Steps in segments make fewer updates where too little has ended."""
+    segments = config.trainer.segments
+    if not segments.is_on or config.trainer.pipeline == "async":
+        return ""
+    return "about " if segments.train_on == "all" else "at most "
+
+
+def _one_step(config: TrainConfig) -> dict[str, str]:
+    if config.trainer.pipeline != "one_step":
+        return {}
+    counted = ", which the cap counts too" if config.trainer.segments.max_staleness else ""
+    return {
+        "sampling and learning": "a step apart: the next batch is drawn while an update is made, "
+        f"so its tokens are a version of the weights older when they train{counted}"
+    }
+
+
 def _segments(config: TrainConfig, max_response_length: int) -> dict[str, str]:
     segments = config.trainer.segments
     if not segments.is_on:
@@ -56,12 +75,16 @@ def _segments(config: TrainConfig, max_response_length: int) -> dict[str, str]:
             "two a worker loads the newest weights",
             "sampling and learning": f"at once: {num_in_flight(config.trainer)} trees grow, at "
             f"most {begun} prompts are begun and not yet in an update, no token is more than "
-            f"{segments.max_staleness} updates old",
+            f"{segments.max_staleness} versions of the weights old",
         }
+    words = f"up to {number} of {segments.segment_length} tokens a response"
     cap = f", at most {segments.max_staleness} (cap)" if segments.max_staleness else ""
+    if segments.stop_when_finished:
+        end = f"a step ends with {segments.stop_when_finished} trees that are done"
+        return {"segments": f"{words}; {end}, so its tokens may be of any age{cap}"}
     return {
-        "segments": f"up to {number} of {segments.segment_length} tokens a response: its oldest "
-        f"token is up to {number - 1} updates old when it ends{cap}"
+        "segments": f"{words}: its oldest token is up to {number - 1} versions of the weights "
+        f"(steps) old when it ends{cap}"
     }
 
 
@@ -83,7 +106,7 @@ def _memory(config: TrainConfig) -> dict[str, str]:
         size, what = weights + adapted * 16, "frozen weights; adapters as in full training"
     sizes = {
         "parameters": f"{parameters:,}",
-        **({"adapters": f"{adapted:,} parameters"} if learner.lora.is_on else {}),
+        **({"adapters": _adapters(adapted, learner.optimizer.lr)} if learner.lora.is_on else {}),
         "learner memory": f"{_gib(size)} ({what}) "
         f"over {config.cluster.num_learner_ranks} ranks, ZeRO {learner.zero_stage}",
         "engine weights": _engine_weights(config, parameters * width),
@@ -102,6 +125,11 @@ def _memory(config: TrainConfig) -> dict[str, str]:
         kv = 2 * layers * heads * head_dim * width * config.engine.num_kv_slots
         sizes["KV pool"] = f"{_gib(kv)} a worker for {config.engine.num_kv_slots} tokens"
     return sizes
+
+
+def _adapters(parameters: int, lr: float) -> str:
+    hint = "they need about ten times full training's"
+    return f"{parameters:,} parameters, learning rate {lr:g} ({hint})"
 
 
 def _engine_weights(config: TrainConfig, size: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from treepo.cli import run_command, to_yaml
+import sys
+
+from treepo.cli import fail, run_command, to_yaml
 from treepo.config import TrainConfig, strategy_settings
 from treepo.config_checks import check_group
 from treepo.names import check_names
@@ -19,6 +21,10 @@ def work(config: TrainConfig, dry_run: bool) -> None:
     for name, value in sizes.items():
         print(f"{name:>18}: {value}", flush=True)
     if dry_run:
+        if config.resume_mode not in ("auto", "disable"):
+            from treepo.loop import named_run
+
+            named_run(config)
         return
     from treepo.loop import train  # torch and Ray load here, after all that a typo can spoil
 
@@ -26,6 +32,9 @@ def work(config: TrainConfig, dry_run: bool) -> None:
 
 
 def main() -> None:
+    if {*sys.argv[1:]} <= {"-m", "--multirun", "--dry-run"}:
+        nothing = "nothing was chosen to train: begin with +experiment=quickstart"
+        fail(ValueError(f"{nothing}; python -m treepo.train --help lists the experiments"), code=2)
     run_command("train", TrainConfig, work)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from test_no_signal import learn
@@ -17,6 +18,7 @@ from treepo.loop import MAY_CHANGE
 from treepo.tracking import read_rows
 
 OFF = "trainer.learner.off_policy"
+RUN = Path("outputs/a/1")
 FINE = {
     "training/rollout_kl": 0.01,
     "training/rollout_is_eff_sample_size": 0.9,
@@ -48,17 +50,17 @@ def test_each_threshold_stops_on_its_own_metric_and_says_so(threshold, metric, v
     alarms = AlarmSettings(
         max_kl=1.0, min_eff_sample_size=0.3, max_logprob_diff_p99=0.05, max_masked_frac=0.5
     )
-    assert alarm_of(FINE, alarms, step=3) == ""
-    said = alarm_of(FINE | {metric: value}, alarms, step=3)
+    assert alarm_of(FINE, alarms, step=3, run=RUN) == ""
+    said = alarm_of(FINE | {metric: value}, alarms, step=3, run=RUN)
     assert re.match(f"step 3: {metric}.*alarms.{threshold}=.*To mend it", said)
-    assert re.search(message, said)
-    assert metric in alarm_of(FINE | {metric: float("nan")}, alarms, step=3)  # is not fine
+    assert re.search(message, said) and "(resume_mode=outputs/a/1)" in said
+    assert metric in alarm_of(FINE | {metric: float("nan")}, alarms, step=3, run=RUN)  # is not fine
     off = {name: 0.0 for name in AlarmSettings.__dataclass_fields__}
-    assert alarm_of(FINE | {metric: value}, AlarmSettings(**off), step=3) == ""
+    assert alarm_of(FINE | {metric: value}, AlarmSettings(**off), step=3, run=RUN) == ""
 
 
 def test_a_step_without_an_update_has_nothing_to_compare():
-    assert alarm_of({}, AlarmSettings(max_kl=0.1, min_eff_sample_size=0.9), step=1) == ""
+    assert alarm_of({}, AlarmSettings(max_kl=0.1, min_eff_sample_size=0.9), step=1, run=RUN) == ""
 
 
 def test_thresholds_are_set_from_the_command_line_and_may_change_when_a_run_goes_on():

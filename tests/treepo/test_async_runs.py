@@ -57,6 +57,7 @@ def lose_checkpoints_without_unfinished_work(folder: Path) -> None:
     """
     while not any(isinstance(entry.work, Growth) for entry in newest_pools(folder)[0].unfinished):
         shutil.rmtree(latest_checkpoint(folder / "checkpoints"))
+        assert latest_checkpoint(folder / "checkpoints") is not None, "the case did not arise"
 
 
 def check_each_prompt_once(folder: Path, num_problems: int, seed: int = 0) -> None:

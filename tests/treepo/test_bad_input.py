@@ -1,17 +1,21 @@
 """What a user can get wrong is one clear error before any work."""
 
 import json
+import re
 import shutil
+import sys
 
 import pytest
 from training_runs import SMALL, run
 
 from treepo.checkpoint import RunState, save_checkpoint
-from treepo.cli import compose
+from treepo.clean import CleanConfig
+from treepo.cli import compose, config_dir
 from treepo.config import TrainConfig
 from treepo.loop import note_of_others, open_run, train
 from treepo.names import check_names
 from treepo.sizes import derived_sizes
+from treepo.train import main, work
 
 
 def configure(tmp_path, *overrides: str) -> TrainConfig:
@@ -69,6 +73,27 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path, override, messa
         derived_sizes(config)
 
 
+def names_of_the_help() -> dict[str, set[str]]:
+    """By key, the names that ``--help`` says it may have."""
+    text = (config_dir() / "train.yaml").read_text()
+    listed = text.split("Names that a key may have")[1].split("\n\n")[0].splitlines()[1:]
+    found: dict[str, set[str]] = {}
+    for line in listed:
+        if ":" in line:
+            key, _, line = line.partition(":")
+        found.setdefault(key.strip(), set()).update(n.strip() for n in line.split(",") if n.strip())
+    return found
+
+
+@pytest.mark.parametrize(("key", "names"), names_of_the_help().items())
+def test_the_help_lists_the_names_that_the_checks_know(tmp_path, key, names):
+    with pytest.raises(ValueError, match="Known: |one of |must be ") as error:
+        check_names(configure(tmp_path, f"{key}=zzz"))
+    known = re.search(r"(?:Known: |must be (?:one of )?|one of )([\w, ]+)", str(error.value))[1]
+    known = {name for name in re.split(r", | or ", known)} - {"nll"}  # supervised training alone
+    assert known == names
+
+
 def test_a_layer_that_the_model_lacks_is_named_before_the_model_is_loaded(tmp_path):
     words = ["trainer.learner.lora.rank=2", "trainer.learner.lora.target_modules=[q_proj,q_prj]"]
     with pytest.raises(ValueError, match="'q_prj' is no linear layer.*are down_proj.*q_proj"):
@@ -94,6 +119,24 @@ def test_what_shows_only_when_a_run_is_opened_stops_it_before_any_work(
     with pytest.raises(ValueError, match=message):
         train(configure(tmp_path, *overrides))
     assert not (tmp_path / "latest").exists()  # no run was begun
+
+
+def test_a_dry_run_looks_at_the_run_that_it_would_resume(tmp_path):
+    with pytest.raises(ValueError, match="neither auto nor disable, nor a run's folder"):
+        work(configure(tmp_path, "resume_mode=nowhere"), True)
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"], ["--dry-run"]])
+def test_a_command_without_arguments_is_refused(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["train", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "begin with +experiment=quickstart" in capsys.readouterr().err
+
+
+def test_a_value_that_must_be_given_is_named_in_the_words_of_the_command_line():
+    with pytest.raises(ValueError, match="^output is missing: give it as output=.*--help$"):
+        compose("clean", CleanConfig, [])
 
 
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path):

@@ -78,9 +78,9 @@ def test_every_format_is_cleaned_and_read_again_as_training_reads_it(tmp_path, r
     make = MAKERS[row_format]
     file = write(tmp_path / f"rows{suffix}", rows(make))
     report = run(tmp_path, f"data.files=[{file}]")
-    assert {name: report[name] for name in ("read", "kept", "changed", "dropped")} == {
+    assert {name: report[name] for name in ("read", "unchanged", "changed", "dropped")} == {
         "read": 5,
-        "kept": 1,
+        "unchanged": 1,
         "changed": 2,
         "dropped": 2,
     }
@@ -115,7 +115,7 @@ def test_cleaning_its_own_output_leaves_the_file_as_it_is(tmp_path):
     run(tmp_path, f"data.files=[{file}]")
     once = tmp_path / "out" / "rows.jsonl"
     again = run(tmp_path / "out", f"data.files=[{once}]")
-    assert (again["kept"], again["changed"], again["dropped"]) == (3, 0, 0)
+    assert (again["unchanged"], again["changed"], again["dropped"]) == (3, 0, 0)
     assert (tmp_path / "out" / "out" / "rows.jsonl").read_text() == once.read_text()
 
 

@@ -19,7 +19,8 @@ from treepo.sizes import derived_sizes
 CONFIGS = config_dir()
 EXPERIMENTS = {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")}
 OF_SFT = {"make_tiny_model", "make_long_model", "make_long_model_2"}
-GROUPS = ("model", "data", "rollout", "algorithm", "trainer", "reward", "cluster", "tracking")
+GROUPS = ("model", "data", "rollout", "algorithm", "trainer", "learner")
+GROUPS += ("reward", "cluster", "tracking")
 CHOICES = [f"{group}={p.stem}" for group in GROUPS for p in (CONFIGS / group).glob("*.yaml")]
 NEEDED = {
     "data=file": ["data.files=[rows.jsonl]"],
@@ -80,7 +81,7 @@ def test_the_sizes_are_those_worked_out_by_hand():
     lora = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart", *overrides]))
     # q, k and v, o, gate and up, down of 3 layers of width 96, 4 and 2 heads of 32, MLP of 256
     adapters = 2 * 3 * (96 + 128 + 2 * (96 + 64) + 128 + 96 + 2 * (96 + 256) + 256 + 96)
-    assert lora["adapters"] == f"{adapters:,} parameters"
+    assert lora["adapters"].startswith(f"{adapters:,} parameters, learning rate 0.0003 (")
     memory = f"{(358_752 * 4 + adapters * 16) / 2**20:.1f} MiB (frozen weights"
     assert lora["learner memory"].startswith(memory)
     assert lora["reference model"] == "none: the model without its adapters"

@@ -1,6 +1,7 @@
 """A batch in which nothing has a signal: nothing is learned, and the run says so and goes on."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from treepo.checkpoint import RunState
 from treepo.cli import compose
 from treepo.config import TrainConfig, strategy_settings
 from treepo.dynamic_sampling import StepBatch
+from treepo.run_folder import RunFolder
 from treepo.session import Session
 from treepo.tracking import read_rows
 
@@ -70,6 +72,7 @@ def learn(*overrides, rewards, others=(), reported=None, stages=None, rows=None)
         progress=progress,
         tracker=tracker,
         timings={},
+        run=RunFolder(path=Path("outputs/a/1")),
         state=START,
     )
     session = Unpublished(**nothing | opened)

@@ -27,7 +27,7 @@ MASKS = [
 
 
 def ages_by_leaf(trees: list[dict], version: int) -> list[int]:
-    """Of every response's sampled tokens: how many updates old each is."""
+    """Of every response's sampled tokens: how many versions old each is."""
     ages = []
     for tree in trees:
         for leaf in tree["leaves"]:

@@ -84,8 +84,27 @@ def test_the_one_step_pipeline_goes_with_what_a_synchronous_step_does(choices):
     assert compose("train", TrainConfig, words).trainer.pipeline == "one_step"
 
 
+@pytest.mark.parametrize("experiment", ["quickstart_async", "quickstart_one_step"])
+@pytest.mark.parametrize(
+    ("learner", "rank", "gate"), [("ulorl", 0, "response"), ("lora", 32, "never")]
+)
+def test_a_learner_is_chosen_whatever_the_pipeline(experiment, learner, rank, gate):
+    plain, chosen = (
+        compose("train", TrainConfig, [f"+experiment={experiment}", *words]).trainer
+        for words in ([], [f"learner={learner}"])
+    )
+    assert (chosen.pipeline, chosen.segments) == (plain.pipeline, plain.segments)
+    assert chosen.learner.off_policy.correction == "decoupled"
+    assert (chosen.learner.lora.rank, chosen.learner.mpt.gate) == (rank, gate)
+
+
+def test_a_dry_run_says_that_sampling_is_a_step_ahead():
+    config = compose("train", TrainConfig, ["+experiment=quickstart_one_step"])
+    assert "a version of the weights older" in derived_sizes(config)["sampling and learning"]
+
+
 def test_whole_responses_do_not_fit_and_segments_are_named():
-    with pytest.raises(ValueError, match="segment_length=0 .*segment_length=256, say"):
+    with pytest.raises(ValueError, match="segment_length=0 .*segment_length=16, say"):
         compose(
             "train",
             TrainConfig,
@@ -123,4 +142,4 @@ def test_a_dry_run_says_how_much_is_under_way(chosen, grow):
     words = [f"trainer.segments.prompts_in_flight={chosen}", "trainer.segments.max_staleness=2"]
     config = compose("train", TrainConfig, [QUICKSTART, *words])
     text = derived_sizes(config)["sampling and learning"]
-    assert f"{grow} trees grow, at most 72 prompts" in text and "more than 2 updates" in text
+    assert f"{grow} trees grow, at most 72 prompts" in text and "more than 2 versions" in text

@@ -99,15 +99,15 @@ def test_corrections_and_masks_are_chosen_by_name():
     assert learner.off_policy.correction == "none" and learner.mpt.gate == "never"
     assert learner.off_policy.mask_older_than is None
     words = [f"{OFF}.correction=tis", f"{OFF}.mask_older_than=0"]
-    tis = configure("trainer=ulorl", "trainer.segments.segment_length=16", *words)
+    tis = configure("learner=ulorl", "trainer.segments.segment_length=16", *words)
     learner = tis.trainer.learner
     assert (learner.old_logprobs, learner.mpt.gate) == ("recomputed", "response")
     assert learner.off_policy.largest_weight == 2 and learner.off_policy.mask_older_than == 0
     words = [f"{OFF}.correction=icepop", f"{OFF}.band=[0.2,8]", f"{MPT}.gate=batch"]
-    learner = configure("trainer=ulorl", *words).trainer.learner
+    learner = configure("learner=ulorl", *words).trainer.learner
     assert learner.off_policy.kept_band == (0.2, 8.0) and learner.mpt.gate == "batch"
     words = [f"{OFF}.correction=decoupled", f"{OFF}.cap=5", f"{MPT}.gate=always"]
-    learner = configure("trainer=ulorl", *words).trainer.learner
+    learner = configure("learner=ulorl", *words).trainer.learner
     assert learner.off_policy.largest_weight == 5 and learner.mpt.gate == "always"
     with pytest.raises(ValueError, match="correction='tis'.*set old_logprobs='recomputed'"):
         configure(f"{OFF}.correction=tis")
@@ -130,19 +130,19 @@ SEGMENTS = "trainer.segments.segment_length=16"
         (
             0,
             [],
-            "never masks .*'sync', .*segment_length=0 .* are 0 to 0 updates old .*: leave it out$",
+            "never masks .*'sync', .*segment_length=0 .* are 0 to 0 versions old .*: leave it out$",
         ),
         (
             2,
             [SEGMENTS, "trainer.segments.max_staleness=2"],
-            "never masks .* are 0 to 2 updates .*or set it to 0 to 1$",
+            "never masks .* are 0 to 2 versions .*or set it to 0 to 1$",
         ),
-        (1, ONE_STEP, "never masks .*'one_step', .* are 1 to 1 updates old .*: leave it out$"),
-        (0, ONE_STEP, "masks every token.* 1 to 1 updates old .*: leave it out$"),
+        (1, ONE_STEP, "never masks .*'one_step', .* are 1 to 1 versions old .*: leave it out$"),
+        (0, ONE_STEP, "masks every token.* 1 to 1 versions old .*: leave it out$"),
         (
             0,
             [*ONE_STEP, SEGMENTS],
-            "masks every token.* 1 or more updates .*leave it out, or set it to 1 or more$",
+            "masks every token.* 1 or more versions .*leave it out, or set it to 1 or more$",
         ),
         (
             3,
@@ -216,9 +216,9 @@ PAPERS = {
         {"adv_estimator": "dr_grpo", "loss_weighting": "fixed_length", "divides_by": "none"},
     ),
     "REINFORCE": (
-        ["algorithm.adv_estimator=reinforce_pp", f"{NAME}=reinforce"],
+        ["algorithm=reinforce_pp", f"{NAME}=reinforce"],
         {"name": "reinforce", "low": 0.0, "high": float("inf")},
-        {"adv_estimator": "reinforce_pp"},
+        {"adv_estimator": "reinforce_pp", "filter_groups": False},
     ),
 }
 

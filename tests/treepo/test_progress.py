@@ -88,6 +88,8 @@ def test_the_time_left_follows_the_recent_steps_and_leaves_evaluations_out() -> 
 def test_a_resumed_run_counts_its_earlier_steps() -> None:
     console, clock = plain_console(), Clock()
     with Progress(total_steps=10, start_step=7, console=console, clock=clock) as progress:
+        clock.now += 60.0  # workers start
+        progress.begin_steps()
         clock.now += 1.0
         progress.update(8, {})
     assert "step  8/10  0:02 left" in console.file.getvalue()
@@ -145,6 +147,7 @@ def test_the_summary_suggests_no_evaluation_that_could_not_run() -> None:
         )
         assert "treepo.report" in console.file.getvalue()
         assert "treepo.evaluate" not in console.file.getvalue()
+        assert ("no held-out problems to score" in console.file.getvalue()) == (not after)
 
 
 def test_what_was_typed_is_known_to_the_command_that_runs() -> None:

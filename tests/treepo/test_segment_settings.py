@@ -94,7 +94,13 @@ def test_the_sizes_say_how_many_segments_there_are_and_how_old_tokens_get():
     config = compose("train", TrainConfig, words)
     assert config.trainer.segments.num_segments(64) == 7
     assert derived_sizes(config)["segments"].startswith("up to 7 of 10 tokens")
-    assert "oldest token is up to 6 updates old" in derived_sizes(config)["segments"]
+    assert "oldest token is up to 6 versions of the weights" in derived_sizes(config)["segments"]
     assert derived_sizes(config)["updates a step"].endswith("more or fewer as they end")
-    whole = compose("train", TrainConfig, ["+experiment=quickstart"])
-    assert "segments" not in derived_sizes(whole)
+    assert derived_sizes(config)["updates in all"] == "about 120"
+    words += ["trainer.segments.train_on=full_batch", "trainer.segments.refill=keep_in_flight"]
+    words += ["trainer.segments.stop_when_finished=24"]
+    april = derived_sizes(compose("train", TrainConfig, words))
+    assert "ends with 24 trees that are done, so its tokens may be of any age" in april["segments"]
+    assert april["updates in all"] == "at most 120"
+    whole = derived_sizes(compose("train", TrainConfig, ["+experiment=quickstart"]))
+    assert "segments" not in whole and whole["updates in all"] == "120"

@@ -53,14 +53,14 @@ class Cleaned:
     looked_at: Mapping[str, int]
 
     def counts(self) -> dict[str, Any]:
-        """Numbers for ``report.json``; ``kept + changed + dropped == read``, a problem that was
-        changed and then dropped counting as dropped.
+        """Numbers for ``report.json``; ``unchanged + changed + dropped == read``, a problem that
+        was changed and then dropped counting as dropped.
         """
         dropped = {event.before.id for event in self.events if event.after is None}
         touched = {event.before.id for event in self.events} - dropped
         found = {
             "read": len(self.items),
-            "kept": len(self.items) - len(dropped) - len(touched),
+            "unchanged": len(self.items) - len(dropped) - len(touched),
             "changed": len(touched),
             "dropped": len(dropped),
             "without_single_answer": sum(i is not None and i.answer is None for i in self.items),
