@@ -378,7 +378,10 @@ def step_skipped(state: Schedule) -> Schedule:
 
 
 def weights_published(state: Schedule, version: int) -> Schedule:
-    return replace(state, published=version)
+    """Workers can load ``version``. One that comes after a newer one changes nothing: a tree that
+    went on under older weights than those it began under would be older than it says.
+    """
+    return replace(state, published=max(state.published, version))
 
 
 def weights_loaded(state: Schedule, rank: int, version: int) -> Schedule:

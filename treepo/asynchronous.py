@@ -243,13 +243,14 @@ class AsyncRun:
         scores = cluster.begin_on_learners("score_paths", self.session.golden)
 
         def then(answers: list[Any]) -> None:
-            self._weights = Weights(
-                version=version,
-                manifest=answers[0],
-                digests=answers[1],
-                arrays=sent.arrays,
-                golden_logprobs=answers[len(sent.calls)],
-            )
+            if version > self.now.published:  # answers to two publications may come in any order
+                self._weights = Weights(
+                    version=version,
+                    manifest=answers[0],
+                    digests=answers[1],
+                    arrays=sent.arrays,
+                    golden_logprobs=answers[len(sent.calls)],
+                )
             self.now = schedule.weights_published(self.now, version)
             if self.now.training is None:
                 self._learner_idle.end(0)
