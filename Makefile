@@ -46,7 +46,7 @@ quickstart: $(STAMP)  ## Train a tiny model to add numbers: a real run on the CP
 test: $(STAMP)  ## Run the tests (some minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-long: $(STAMP)  ## Run the long tests: learning, chaos, fuzz (up to an hour)
+test-long: $(STAMP)  ## Run the long tests: learning, chaos, fuzz (half an hour and more)
 	$(BIN)/python -m pytest -m long --timeout 1800 -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and types
