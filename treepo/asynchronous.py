@@ -243,7 +243,8 @@ class AsyncRun:
         scores = cluster.begin_on_learners("score_paths", self.session.golden)
 
         def then(answers: list[Any]) -> None:
-            if version > self.now.published:  # answers to two publications may come in any order
+            self.now = schedule.weights_published(self.now, version)
+            if self.now.published == version:  # no newer one came first
                 self._weights = Weights(
                     version=version,
                     manifest=answers[0],
@@ -251,7 +252,6 @@ class AsyncRun:
                     arrays=sent.arrays,
                     golden_logprobs=answers[len(sent.calls)],
                 )
-            self.now = schedule.weights_published(self.now, version)
             if self.now.training is None:
                 self._learner_idle.end(0)
 

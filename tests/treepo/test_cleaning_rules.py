@@ -380,12 +380,8 @@ def test_rules_run_one_after_the_other_and_every_problem_is_accounted_for():
     # The multiple-choice question becomes the same as the next two, with the same answer.
     assert [item and item.answer for item in cleaned.items] == ["5", None, None, None, "12"]
     counts = cleaned.counts()
-    assert (counts["read"], counts["unchanged"], counts["changed"], counts["dropped"]) == (
-        5,
-        1,
-        1,
-        3,
-    )
+    numbers = {"read": 5, "unchanged": 1, "changed": 1, "dropped": 3}
+    assert {name: counts[name] for name in numbers} == numbers
     assert counts["rules"]["shorten_answer"]["changed"] == 1
     assert counts["rules"]["exact_duplicate"]["reasons"] == {"the same question": 2}
     assert counts["rules"]["proof"] == {
