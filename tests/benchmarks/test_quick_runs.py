@@ -77,7 +77,9 @@ def test_the_comparison_of_tree_and_flat_runs_and_its_token_ratio_is_exact(tmp_p
 def test_the_measurement_of_host_work_runs_and_its_shares_are_shares(tmp_path):
     report = quick_run("host_overhead", tmp_path)
     for running, share in report["ratios"]["host_share"].items():
-        assert 0 < share < report["ratios"]["host_and_sampling_share"][running] < 1
+        # What is left of a step without its parts: a difference of medians, which noise can push
+        # below 0 where it is small.
+        assert -0.1 < share < report["ratios"]["host_and_sampling_share"][running] < 1
 
 
 @pytest.mark.long
